@@ -1,0 +1,25 @@
+"""Compare ADMS and StreamingLLM at equal memory with the full cache, on one stream of text.
+
+With no argument: SmolLM2-135M-Instruct on the shipped chapters of *Pride and Prejudice*. Ends with a table and writes
+`results.json` and `perplexity.png` into `--output_dir`.
+"""
+
+import sys
+
+
+def run() -> int:
+    from streaming_llm.evaluation.cli import main
+
+    return main(
+        prog="eval_adms_vs_streaming.py",
+        description="Compare ADMS and StreamingLLM at equal memory with the full cache, on one stream of text.",
+        methods=("full", "streaming", "adms"),
+        output_dir="results",
+    )
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(run())
+    except KeyboardInterrupt:  # while the libraries are still being imported; `main` handles the rest
+        sys.exit(130)

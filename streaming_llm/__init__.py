@@ -1,0 +1,37 @@
+"""ADM++: a bounded, compressing KV cache for transformers."""
+
+from .cache import ADMSKVCache
+from .compressors import register_compressor
+from .compressors.base import Compressor, Reference
+from .config import ADMSConfig
+from .enable import (
+    SUPPORTED_MODEL_TYPES,
+    disable_adms_llm,
+    enable_adms_llm,
+    enable_adms_low_rank,
+    enable_adms_vq,
+    enable_streaming_llm,
+)
+from .importance import Queries
+from .layer import ADMSLayer, NonFiniteError
+from .tokens import WeightedTokens
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SUPPORTED_MODEL_TYPES",
+    "ADMSConfig",
+    "ADMSKVCache",
+    "ADMSLayer",
+    "Compressor",
+    "NonFiniteError",
+    "Queries",
+    "Reference",
+    "WeightedTokens",
+    "disable_adms_llm",
+    "enable_adms_llm",
+    "enable_adms_low_rank",
+    "enable_adms_vq",
+    "enable_streaming_llm",
+    "register_compressor",
+]

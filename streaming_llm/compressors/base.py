@@ -1,0 +1,108 @@
+"""What a compressor is: weighted tokens, reference queries and a budget in; at most that many weighted tokens out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..config import ADMSConfig
+from ..importance import Queries, attention_logits, remember
+from ..tokens import WeightedTokens
+
+
+@dataclass
+class Reference:
+    """What is known about how the tokens are attended to.
+
+    Attributes:
+        weight: how much each token matters, float32 `[batch, kv_heads, tokens]`: the remembered score, or the importance
+            where no query was seen.
+        mass: mean attention probability of the recent queries, as `weight`; 0 everywhere where no query was seen.
+        pinned: tokens chosen by importance: they come out as tokens of their own, key unchanged. Bool, as `weight`.
+        queries: the newest queries (the last one belongs to the last token of `context`), None where none was seen.
+        context: everything the head holds, in the cache's order (sinks, middle, recent window), for the softmax.
+        start: index in `context` of the first of the tokens.
+        log_mass: False where the model's attention does not see `beta`: merged tokens then keep `beta` = 0.
+    """
+
+    weight: torch.Tensor
+    mass: torch.Tensor
+    pinned: torch.Tensor
+    queries: Queries | None
+    context: WeightedTokens
+    start: int
+    log_mass: bool = True
+
+
+class Compressor:
+    """Base of all compressors. A subclass implements `compress` and is made known with `register_compressor`.
+
+    Class attributes:
+        needs_queries: True to have the last `attention_window` queries stored for `compress`; otherwise those since the
+            last compaction are there.
+    """
+
+    needs_queries: ClassVar[bool] = False
+
+    def __init__(self, config: ADMSConfig):
+        self.config = config
+        self.fallbacks: torch.Tensor | None = None
+
+    def count_fallbacks(self, solved: torch.Tensor) -> None:
+        """Add the heads where a solver gave up (`solved` False) to `fallbacks`, without waiting for the device."""
+        failed = (~solved).sum()
+        self.fallbacks = failed if self.fallbacks is None else self.fallbacks + failed.to(self.fallbacks.device)
+
+    def remember(self, tokens: WeightedTokens, mass: torch.Tensor, square: torch.Tensor, queries: int) -> None:
+        """Fold what `queries` new queries attended to into the tokens' `mass`, `square` and `score`, in place.
+
+        The default is `importance.remember`; a method that scores tokens in its own way overrides it.
+
+        Args:
+            mass, square: mean attention probability and its mean square over the queries `[batch, kv_heads, tokens]`.
+        """
+        remember(tokens, mass, square, queries, self.config.attention_window, self.config.score_decay)
+
+    def compress(
+        self,
+        tokens: WeightedTokens,
+        reference: Reference,
+        width: int,
+        budget: torch.Tensor | None = None,
+        least: int | None = None,
+    ) -> WeightedTokens:
+        """Reduce the middle of every head of a layer, batched.
+
+        Args:
+            tokens: candidates `[batch, kv_heads, tokens, ...]`; slots with `beta = -inf` hold nothing.
+            reference: how they are attended to, and which of them are pinned.
+            width: slots to return, more than 0 and less than `tokens.length`.
+            budget: tokens each head may return `[batch, kv_heads]`, at most `width`; None for `width` everywhere.
+            least: a lower bound of `budget` known without asking the device; None for `width`.
+
+        Returns:
+            `width` slots; those beyond a head's budget unused (`beta = -inf`). They come in the order of their
+            positions, and their `count` sums to the tokens'.
+        """
+        raise NotImplementedError
+
+
+def reference_probabilities(tokens: WeightedTokens, reference: Reference) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of the reference queries: probabilities of the tokens, and each query's log-normaliser over all held.
+
+    Returns:
+        `(probabilities, normaliser)`, float32 `[batch, kv_heads, queries, tokens]` and `[batch, kv_heads, queries, 1]`,
+        where queries = groups * window; rows of padding queries are 0.
+    """
+    queries = reference.queries
+    logits = attention_logits(queries, reference.context.keys, reference.context.beta).flatten(2, 3)
+    normaliser = logits.logsumexp(dim=-1, keepdim=True)
+    probabilities = torch.exp(logits[..., reference.start : reference.start + tokens.length] - normaliser)
+    if queries.valid is not None:
+        groups = queries.states.shape[2]
+        real = queries.valid[:, None, None, :].expand(-1, 1, groups, -1).flatten(2)[..., None]
+        probabilities = torch.where(real, probabilities, 0.0)
+        normaliser = torch.where(real, normaliser, torch.inf)
+    return probabilities, normaliser

@@ -1,0 +1,74 @@
+"""Low rank: keep the tokens that span what the head's keys and values do, by leverage in a rank-r subspace.
+
+Leverage scores follow Mahoney & Drineas (2009, "CUR matrix decompositions"), with the ridge of Alaoui & Mahoney (2015,
+arXiv 1411.0306); the subspace is found by subspace iteration (Halko, Martinsson & Tropp 2011). Kept keys stay as they are:
+projecting them onto the subspace was measured and made every result worse (see ADM_PLUS_PLUS_IMPLEMENTATION.md).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..tokens import WeightedTokens, gather_tokens, top_slots
+from .base import Compressor, Reference
+from .merge import features, keep_best, value_scale
+
+_RIDGE = 0.01
+_ITERATIONS = 2
+
+
+def leading_subspace(covariance: torch.Tensor, rank: int, iterations: int = _ITERATIONS) -> torch.Tensor:
+    """Orthonormal basis `[..., dim, rank]` of the leading eigenvectors of `covariance [..., dim, dim]` (float32).
+
+    Subspace iteration from a fixed start, so equal input gives equal output and no decomposition of the whole is needed.
+    """
+    dim = covariance.shape[-1]
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(dim, rank, generator=generator).to(covariance.device)
+    scale = torch.diagonal(covariance, dim1=-2, dim2=-1).sum(-1).clamp_min(1e-30)[..., None, None]
+    basis = start.expand(*covariance.shape[:-2], dim, rank)
+    for _ in range(iterations):
+        basis = torch.linalg.qr((covariance / scale) @ basis + 1e-7 * start).Q
+    return basis
+
+
+class LowRankCompressor(Compressor):
+    """Keep the tokens of highest leverage, weighted by their remembered score; the rest joins them with its mass."""
+
+    def leverage(self, tokens: WeightedTokens, weight: torch.Tensor) -> torch.Tensor:
+        """Ridge leverage of each token in the rank-r subspace of the weighted, centred keys and values.
+
+        Args:
+            weight: `[batch, kv_heads, tokens]`, at least 0; tokens of weight 0 take no part and get 0.
+
+        Returns:
+            float32 `[batch, kv_heads, tokens]`, each in [0, rank].
+        """
+        states = features(tokens, value_scale(tokens))
+        fitted, fit_weight = states, weight
+        if tokens.length > self.config.svd_max_tokens:
+            index, picked = top_slots(weight, weight > 0, self.config.svd_max_tokens)
+            fitted, fit_weight = gather_tokens(states, index), gather_tokens(weight, index) * picked
+        total = fit_weight.sum(-1, keepdim=True).clamp_min(1e-30)
+        mean = ((fit_weight / total)[..., None] * fitted).sum(2, keepdim=True)
+        rows = (fitted - mean) * (fit_weight / total).sqrt()[..., None]
+        covariance = rows.transpose(-1, -2) @ rows
+        basis = leading_subspace(covariance, min(self.config.rank, states.shape[-1]))
+        energy = (rows @ basis).square().sum(2, keepdim=True)
+        ridge = _RIDGE * rows.square().sum((2, 3), keepdim=True) + 1e-30
+        code = (states - mean) @ basis
+        return (code.square() / (energy + ridge)).sum(-1) * (weight / total)
+
+    def compress(
+        self,
+        tokens: WeightedTokens,
+        reference: Reference,
+        width: int,
+        budget: torch.Tensor | None = None,
+        least: int | None = None,
+    ) -> WeightedTokens:
+        """See `Compressor.compress`."""
+        weight = reference.weight.masked_fill(reference.pinned | ~tokens.valid, 0.0)
+        priority = self.leverage(tokens, weight)
+        least = width if least is None else least
+        return keep_best(tokens, reference, priority, width, budget, least, self.config.protect_exact)[0]

@@ -1,0 +1,383 @@
+"""Every setting of the cache: its meaning, its default and what it may be. See `ADMSConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+SKETCH_REDUCTIONS = ("mean", "sum", "first")
+ANCHOR_MODES = ("mean", "grid", "hybrid")
+IMPORTANCE_METRICS = ("attention", "value_norm", "key_norm", "mixed")
+FEATURES = (
+    "enable_dual_fidelity",
+    "enable_residual_replay",
+    "enable_position_calibration",
+    "enable_adaptive_controller",
+)
+ADM_PLUS_PLUS = {
+    "enable_dual_fidelity": True,
+    "sketch_budget": 32,
+    "enable_residual_replay": True,
+    "replay_budget": 16,
+    "energy_replay_threshold": 0.88,
+    "enable_position_calibration": True,
+    "enable_adaptive_controller": True,
+    "controller_gain": 0.35,
+    "controller_group_size": 2,
+}
+# Per-token bookkeeping beside key and value: log-mass, position, score, mass, square (float32), count (int32), tier (int8).
+BOOKKEEPING_BYTES = 6 * 4 + 1
+
+
+def _setting(default: Any, help: str, **limits: Any) -> Any:
+    return field(default=default, metadata={"help": help, **limits})
+
+
+@dataclass
+class ADMSConfig:
+    """Settings of an `ADMSKVCache`. All counts are tokens per (layer, KV head).
+
+    A wrong value raises `ValueError` naming the setting, the value and what is allowed; a wrong type raises `TypeError`.
+    What each setting means is in its field's metadata (`ADMSConfig.describe()` prints the table).
+
+    Between two forward passes no head holds more than `expected_max_tokens`:
+    `sinks + compressed_budget + sketch_budget + replay_budget + recent_size + compression_interval`.
+    """
+
+    start_size: int = _setting(4, "sinks: the first tokens of each row, kept exactly", low=0)
+    recent_size: int = _setting(2000, "recent window: the last tokens, kept exactly", low=1)
+    compressed_budget: int = _setting(128, "tokens of the exact and precision tiers together", low=0)
+    compressor_type: str = _setting("low_rank", "what makes the precision tier: a registered compressor's name")
+    rank: int = _setting(16, "low_rank: dimension of the subspace the leverage is measured in", low=1)
+    num_clusters: int = _setting(64, "vq: most clusters a head's precision tier is made of", low=1)
+    svd_max_tokens: int = _setting(512, "low_rank: most tokens the subspace is fitted to", low=1)
+    anchor_mode: str = _setting(
+        "mean", "position of a token made from several: their mean, an even grid, or both", options=ANCHOR_MODES
+    )
+    enable_pos_shift: bool = _setting(True, "keep positions inside the trained length; off means absolute positions")
+    max_seq_length: int = _setting(32768, "length the dynamic sink count is a share of", low=1)
+    enable_dynamic_sink: bool = _setting(False, "as many sinks as 1% of max_seq_length, at least start_size")
+    compression_interval: int = _setting(64, "tokens between two compactions", low=1)
+    min_middle_size_for_compress: int = _setting(
+        64, "a middle smaller than this is not given to the compressor: its most important tokens stay", low=0
+    )
+    importance_ratio: float = _setting(
+        0.5, "share of compressed_budget given to the most important tokens", low=0.0, high=1.0
+    )
+    min_importance_tokens: int = _setting(4, "fewest tokens chosen by importance (within compressed_budget)", low=0)
+    importance_metric: str = _setting("attention", "what makes a token important", options=IMPORTANCE_METRICS)
+    attention_window: int = _setting(256, "recent queries whose attention is averaged", low=1)
+    attention_blend: float = _setting(
+        1.0, "share of attention in the importance, the rest is the value norm's", low=0.0, high=1.0
+    )
+    score_decay: float = _setting(
+        0.9, "what is left of a remembered score after 64 tokens without attention", low=0.0, high=1.0
+    )
+    protect_exact: bool = _setting(
+        False, "tokens chosen by importance never stand for others: their value and log-mass stay exact too"
+    )
+    coverage_segments: int = _setting(4, "segments of the middle that coverage_priority spreads tokens over", low=1)
+    coverage_priority: float = _setting(
+        0.0, "share of the tokens chosen by importance that is spread evenly over the segments", low=0.0, high=1.0
+    )
+    enable_dual_fidelity: bool = _setting(False, "keep what overflows the precision tier as sketches")
+    sketch_budget: int = _setting(0, "tokens of the sketch tier", low=0)
+    sketch_reduction: str = _setting("mean", "how tokens become a sketch", options=SKETCH_REDUCTIONS)
+    enable_residual_replay: bool = _setting(False, "re-inject originals while reconstruction is poor")
+    replay_budget: int = _setting(0, "tokens of the replay tier", low=0)
+    energy_replay_threshold: float = _setting(
+        0.9, "spectral energy below which originals are replayed", above=0.0, high=1.0
+    )
+    enable_position_calibration: bool = _setting(False, "calibrate the positions of made tokens")
+    calibration_window: int = _setting(512, "anchors kept for the calibration", low=1)
+    calibration_regularization: float = _setting(0.1, "ridge term of the calibration", low=0.0)
+    enable_adaptive_controller: bool = _setting(False, "budgets follow reconstruction energy and attention mass")
+    controller_gain: float = _setting(0.3, "weight of the newest measurement in the controller's EMAs", low=0.0, high=1.0)
+    controller_energy_floor: float = _setting(0.8, "energy below which a head's budget grows", low=0.0, high=1.0)
+    controller_energy_ceiling: float = _setting(0.97, "energy above which a head's budget shrinks", low=0.0, high=1.0)
+    controller_group_size: int = _setting(1, "heads that share a budget decision", low=1)
+    use_adaptive_budget: bool = _setting(False, "budgets in proportion to the variance of a head's middle")
+    adaptive_budget_floor: float = _setting(0.5, "smallest multiple of compressed_budget a head gets", low=0.0, high=1.0)
+    adaptive_budget_cap: float = _setting(2.5, "largest multiple of compressed_budget a head gets", low=1.0)
+    adaptive_variance_smoothing: float = _setting(
+        0.1, "weight of the newest variance in its EMA", above=0.0, high=1.0
+    )
+    seed: int = _setting(0, "seed of whatever is drawn at random (vq's first centres, hybrid anchors)", low=0)
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            setattr(self, item.name, self._checked(item, getattr(self, item.name)))
+        self._check_combinations()
+
+    @staticmethod
+    def _checked(item: dataclasses.Field, value: Any) -> Any:
+        kind, name, limits = type(item.default), item.name, item.metadata
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise TypeError(f"{name}={value!r} must be of type {kind.__name__}, not {type(value).__name__}")
+        if kind is float and not math.isfinite(value):
+            raise ValueError(f"{name}={value!r} must be a finite number")
+        options = limits.get("options")
+        if options is not None and value not in options:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(options)}")
+        low, above, high = limits.get("low"), limits.get("above"), limits.get("high")
+        if (low is not None and value < low) or (above is not None and value <= above) or (high is not None and value > high):
+            lower = f"{name} >= {low}" if low is not None else f"{name} > {above}"
+            upper = f" and {name} <= {high}" if high is not None else ""
+            raise ValueError(f"{name}={value!r} is out of range: {lower}{upper}")
+        return value
+
+    def _check_combinations(self) -> None:
+        from .compressors import available_compressors
+
+        if self.compressor_type not in available_compressors():
+            known = ", ".join(available_compressors())
+            raise ValueError(
+                f"compressor_type={self.compressor_type!r} is not registered: use one of {known}, "
+                "or register_compressor() your own first"
+            )
+        if self.sketch_budget and not self.enable_dual_fidelity:
+            raise ValueError(
+                f"sketch_budget={self.sketch_budget} needs enable_dual_fidelity=True; without it sketch_budget must be 0"
+            )
+        if self.replay_budget and not self.enable_residual_replay:
+            raise ValueError(
+                f"replay_budget={self.replay_budget} needs enable_residual_replay=True; without it replay_budget must be 0"
+            )
+        if self.controller_energy_floor >= self.controller_energy_ceiling:
+            raise ValueError(
+                f"controller_energy_floor={self.controller_energy_floor} must be below "
+                f"controller_energy_ceiling={self.controller_energy_ceiling}"
+            )
+        if self.enable_adaptive_controller and self.use_adaptive_budget:
+            raise ValueError(
+                "use_adaptive_budget=True and enable_adaptive_controller=True both set budgets: choose one of them"
+            )
+        if self.min_importance_tokens > self.compressed_budget > 0:
+            raise ValueError(
+                f"min_importance_tokens={self.min_importance_tokens} must not exceed "
+                f"compressed_budget={self.compressed_budget}"
+            )
+
+    # -- sizes -------------------------------------------------------------------------------------------------------
+
+    @property
+    def dynamic_start_size(self) -> int:
+        """Sinks in force: `start_size`, or 1% of `max_seq_length` where that is more and `enable_dynamic_sink` is on."""
+        if not self.enable_dynamic_sink:
+            return self.start_size
+        return max(self.start_size, self.max_seq_length // 100)
+
+    @property
+    def middle_allocation(self) -> int:
+        """Tokens between sinks and recent window after a compaction (per head, on average over a layer's heads)."""
+        return self.compressed_budget + self.sketch_budget + self.replay_budget
+
+    @property
+    def expected_max_tokens(self) -> int:
+        """Most tokens a head holds between two forward passes (averaged over a layer's heads when budgets adapt)."""
+        return self.dynamic_start_size + self.middle_allocation + self.recent_size + self.compression_interval
+
+    @property
+    def widest_middle(self) -> int:
+        """Middle slots each head's buffer has: the widest head's, where budgets differ between heads."""
+        compressed = self.compressed_budget
+        if self.use_adaptive_budget:
+            compressed = math.ceil(compressed * self.adaptive_budget_cap)
+        elif self.enable_adaptive_controller:
+            compressed *= 2
+        return compressed + self.sketch_budget + self.replay_budget
+
+    @property
+    def buffer_tokens(self) -> int:
+        """Slots each head's buffer has (more than `expected_max_tokens` only where budgets differ between heads)."""
+        return self.dynamic_start_size + self.widest_middle + self.recent_size + self.compression_interval
+
+    @property
+    def query_slots(self) -> int:
+        """Queries a layer stores per query head: those since the last compaction, and the window if a fit needs it."""
+        from .compressors import get_compressor
+
+        if self.middle_allocation == 0:
+            return 0
+        window = self.attention_window if get_compressor(self.compressor_type).needs_queries else 0
+        return window + self.compression_interval
+
+    def memory_bytes(self, model_config: Any, dtype: Any = None, batch_size: int = 1) -> int:
+        """Bytes the cache of one model takes once every buffer exists, everything included.
+
+        Args:
+            model_config: the model's `PreTrainedConfig`; layers with a sliding window keep their own bounded cache and are
+                counted with it.
+            dtype: a `torch.dtype` or its name; the config's own when None.
+            batch_size: rows.
+        """
+        shape = _ModelShape.of(model_config, dtype)
+        token = shape.head_dim * 2 * shape.itemsize + BOOKKEEPING_BYTES
+        queries = self.query_slots * shape.groups * shape.head_dim * shape.itemsize
+        full = shape.full_layers * shape.kv_heads * (self.buffer_tokens * token + queries)
+        sliding = shape.sliding_tokens * shape.kv_heads * shape.head_dim * 2 * shape.itemsize
+        return batch_size * (full + sliding)
+
+    @classmethod
+    def from_memory(
+        cls, model_config: Any, bytes: int, dtype: Any = None, batch_size: int = 1, **settings: Any
+    ) -> ADMSConfig:
+        """The largest cache of the given shape that fits into `bytes`.
+
+        The tokens that fit are shared half and half between the recent window and `compressed_budget` (the best split
+        measured), except for what `settings` fixes. Raises `ValueError` when not even the smallest cache fits.
+        """
+        if isinstance(bytes, bool) or not isinstance(bytes, int) or bytes <= 0:
+            raise ValueError(f"bytes={bytes!r} must be a positive whole number of bytes")
+
+        def sized(tokens: int) -> ADMSConfig:
+            chosen = dict(settings)
+            recent = chosen.setdefault("recent_size", max(1, tokens - chosen.get("compressed_budget", tokens // 2)))
+            middle = chosen.setdefault("compressed_budget", max(0, tokens - recent))
+            chosen.setdefault("min_importance_tokens", min(4, middle))
+            return cls(**chosen)
+
+        def fits(tokens: int) -> bool:
+            return sized(tokens).memory_bytes(model_config, dtype, batch_size) <= bytes
+
+        if not fits(1):
+            least = sized(1).memory_bytes(model_config, dtype, batch_size)
+            raise ValueError(f"bytes={bytes} is too little for this model and these settings: at least {least} are needed")
+        if "recent_size" in settings and "compressed_budget" in settings:
+            return sized(1)
+        high = 2
+        while fits(high) and high < 1 << 32:
+            high *= 2
+        low = high // 2
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return sized(low)
+
+    def check_model(self, model_config: Any) -> None:
+        """Raise `ValueError` for a setting that the model's shape does not allow (`rank` above head_dim)."""
+        head_dim = _ModelShape.of(model_config).head_dim
+        self.check_head_dim(head_dim)
+
+    def check_head_dim(self, head_dim: int) -> None:
+        """Raise `ValueError` where `rank` exceeds the heads' dimension and the compressor uses it."""
+        if self.compressor_type == "low_rank" and self.rank > head_dim:
+            raise ValueError(f"rank={self.rank} must not exceed the model's head_dim={head_dim}")
+
+    # -- to and from ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def adm_plus_plus(cls, **overrides: Any) -> ADMSConfig:
+        """The four ADM++ features on, with their own defaults; `overrides` are settings by name."""
+        cls.check_names(overrides)
+        return cls(**{**ADM_PLUS_PLUS, **overrides})
+
+    @classmethod
+    def setting_names(cls) -> tuple[str, ...]:
+        """Names of all settings, in the order of the reference table."""
+        return tuple(item.name for item in dataclasses.fields(cls))
+
+    @classmethod
+    def describe(cls) -> str:
+        """The settings as a Markdown table: name, default, meaning."""
+        rows = [f"| `{f.name}` | {f.default} | {f.metadata['help']} |" for f in dataclasses.fields(cls)]
+        return "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows])
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as plain values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> ADMSConfig:
+        """The config with these settings; an unknown name raises `ValueError` and names it."""
+        cls.check_names(settings)
+        return cls(**settings)
+
+    @classmethod
+    def check_names(cls, settings: dict[str, Any]) -> None:
+        """Raise `ValueError` naming every key of `settings` that is not a setting, with the closest one that is."""
+        import difflib
+
+        unknown = [name for name in settings if name not in cls.setting_names()]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], cls.setting_names(), n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(
+                f"unknown setting {', '.join(map(repr, unknown))}{hint}; the settings are {', '.join(cls.setting_names())}"
+            )
+
+    def to_json(self, path: str | os.PathLike | None = None) -> str:
+        """The settings as JSON text, also written to `path` when given."""
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        if path is not None:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+        return text
+
+    @classmethod
+    def from_json(cls, source: str | os.PathLike) -> ADMSConfig:
+        """The config in JSON text (a string starting with a brace) or in a file."""
+        text = os.fspath(source)
+        if not text.lstrip().startswith("{"):
+            with open(source, encoding="utf-8") as file:
+                text = file.read()
+        settings = json.loads(text)
+        if not isinstance(settings, dict):
+            raise ValueError(f"source={os.fspath(source)!r} must hold a JSON object of settings")
+        return cls.from_dict(settings)
+
+
+@dataclass(frozen=True)
+class _ModelShape:
+    """What the memory of a cache depends on in a model."""
+
+    full_layers: int
+    sliding_tokens: int
+    kv_heads: int
+    groups: int
+    head_dim: int
+    itemsize: int
+
+    @classmethod
+    def of(cls, model_config: Any, dtype: Any = None) -> _ModelShape:
+        import torch
+
+        text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+        heads = text.num_attention_heads
+        kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        if dtype is None:
+            dtype = getattr(text, "dtype", None) or torch.float32
+        if isinstance(dtype, str):
+            name = dtype.removeprefix("torch.")
+            dtype = getattr(torch, name, None)
+            if not isinstance(dtype, torch.dtype):
+                raise ValueError(f"dtype={name!r} must be a torch dtype such as float32, bfloat16 or float16")
+        windows = layer_windows(text)
+        return cls(
+            full_layers=sum(window is None for window in windows),
+            sliding_tokens=sum(window - 1 for window in windows if window is not None),
+            kv_heads=kv_heads,
+            groups=heads // kv_heads,
+            head_dim=head_dim,
+            itemsize=dtype.itemsize,
+        )
+
+
+def layer_windows(text_config: Any) -> list[int | None]:
+    """The attention window of each layer of a model, None where the layer attends to everything.
+
+    Follows the config's `layer_types` where it has them, else its `sliding_window`, as transformers' own cache does.
+    """
+    count = text_config.num_hidden_layers
+    sliding = getattr(text_config, "sliding_window", None)
+    kinds = getattr(text_config, "layer_types", None)
+    if kinds is None:
+        return [sliding] * count
+    return [sliding if kind == "sliding_attention" else None for kind in kinds]

@@ -1,0 +1,150 @@
+"""Wiring a model: its attention, its hooks, and the cache that goes with it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .attention import BASES, PREFIX, register
+from .cache import ADMSKVCache
+from .config import ADMSConfig
+
+# Model types whose attention was tested with the cache (tests/test_families.py holds the list to its word).
+SUPPORTED_MODEL_TYPES = (
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)
+_STATE = "_adms_wiring"
+
+
+def enable_adms_llm(model: PreTrainedModel, config: ADMSConfig | None = None, **settings: Any) -> ADMSKVCache:
+    """Wire a model for the cache and return a new one: `model.generate(**inputs, past_key_values=cache)`.
+
+    The model's attention implementation (eager or sdpa) is wrapped through transformers' `AttentionInterface`; with any
+    other cache the model computes what it did before. May be called again at any time, with other settings; caches made
+    earlier stay usable.
+
+    Args:
+        model: a causal language model of a supported family.
+        config: the settings as a whole, or
+        **settings: each by its name in `ADMSConfig`; an unknown one raises `ValueError` naming it.
+
+    Raises:
+        ValueError: unknown or wrong setting, unsupported model family or attention implementation; nothing has changed.
+    """
+    if config is not None and settings:
+        raise ValueError(f"config and the settings {', '.join(settings)} were both given: pass one or the other")
+    if config is None:
+        config = ADMSConfig.from_dict(settings)
+    base = _check_model(model)
+    cache = ADMSKVCache(config, model_config=model.config, wired=True)
+    _wire(model, base)
+    return cache
+
+
+def enable_adms_low_rank(model: PreTrainedModel, rank: int = 16, **settings: Any) -> ADMSKVCache:
+    """`enable_adms_llm` with the low-rank compressor."""
+    return enable_adms_llm(model, **{**settings, "compressor_type": "low_rank", "rank": rank})
+
+
+def enable_adms_vq(model: PreTrainedModel, num_clusters: int = 64, **settings: Any) -> ADMSKVCache:
+    """`enable_adms_llm` with the vector-quantising compressor."""
+    return enable_adms_llm(model, **{**settings, "compressor_type": "vq", "num_clusters": num_clusters})
+
+
+def enable_streaming_llm(
+    model: PreTrainedModel, start_size: int = 4, recent_size: int = 2000, **settings: Any
+) -> ADMSKVCache:
+    """StreamingLLM (Xiao et al. 2023, arXiv 2309.17453) as a policy of the same cache: sinks and recent window only."""
+    fixed = {"compressed_budget": 0, "min_importance_tokens": 0, "start_size": start_size, "recent_size": recent_size}
+    return enable_adms_llm(model, **{**settings, **fixed})
+
+
+def disable_adms_llm(model: PreTrainedModel) -> None:
+    """Undo `enable_adms_llm`: the attention implementation is what it was, the hooks are gone. Harmless when not enabled."""
+    wiring = model.__dict__.pop(_STATE, None)
+    if wiring is None:
+        return
+    for handle in wiring["handles"]:
+        handle.remove()
+    if model.config._attn_implementation == PREFIX + wiring["base"]:
+        model.set_attn_implementation(wiring["base"])
+
+
+def is_enabled(model: PreTrainedModel) -> bool:
+    """Whether the model is wired."""
+    return _STATE in model.__dict__
+
+
+def _check_model(model: PreTrainedModel) -> str:
+    """The base attention implementation of a model that can be wired; `ValueError` for one that can't."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model={type(model).__name__} must be a transformers PreTrainedModel")
+    text = model.config.get_text_config()
+    if model.config.model_type not in SUPPORTED_MODEL_TYPES and text.model_type not in SUPPORTED_MODEL_TYPES:
+        raise ValueError(
+            f"model type {model.config.model_type!r} can't be enabled; supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
+    implementation = model.config._attn_implementation or "eager"
+    base = implementation.removeprefix(PREFIX)
+    if base not in BASES:
+        raise ValueError(
+            f"attention implementation {implementation!r} has no place for log-mass; load the model with "
+            f"attn_implementation='sdpa' or call model.set_attn_implementation('sdpa') (supported: {', '.join(BASES)})"
+        )
+    return base
+
+
+def _wire(model: PreTrainedModel, base: str) -> None:
+    if is_enabled(model):
+        if model.config._attn_implementation == PREFIX + base and model.__dict__[_STATE]["base"] == base:
+            return
+        # The user chose another implementation since: wrap that one.
+        disable_adms_llm(model)
+    register()
+    model.set_attn_implementation(PREFIX + base)
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    before = decoder.register_forward_pre_hook(_before_forward, with_kwargs=True)
+    after = decoder.register_forward_hook(_after_forward, with_kwargs=True, always_call=True)
+    model.__dict__[_STATE] = {"base": base, "handles": (before, after)}
+
+
+def _arguments(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+    if not args:
+        return kwargs
+    return inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+
+
+def _before_forward(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    given = _arguments(module, args, kwargs)
+    cache = given.get("past_key_values")
+    if not isinstance(cache, ADMSKVCache):
+        return
+    tokens = given.get("input_ids")
+    if tokens is None:
+        tokens = given.get("inputs_embeds")
+    if tokens is not None:
+        cache.begin_forward(given.get("position_ids"), given.get("attention_mask"), tokens.shape[1])
+
+
+def _after_forward(module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    cache = _arguments(module, args, kwargs).get("past_key_values")
+    if not isinstance(cache, ADMSKVCache):
+        return
+    if output is None:
+        cache.abort_forward()
+    else:
+        cache.end_forward()

@@ -1,0 +1,375 @@
+"""The command line of the evaluation scripts in `examples/`: flags, a JSON file of flags, the run and its output."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import EvaluationError, require
+from .methods import (
+    DEFAULT_FEATURES,
+    DEFAULT_MIDDLE,
+    DEFAULT_RECENT,
+    FEATURES,
+    METHODS,
+    cache_factory,
+    plan_methods,
+    resolve_settings,
+)
+
+logger = logging.getLogger(__name__)
+
+INTERRUPTED = 130
+BAD_USAGE = 2
+FAILED = 1
+
+# Flags beside those of ADMSConfig's settings.
+_GROUPS = ("model", "text", "scoring", "output")
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and which can say which flags it has."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(BAD_USAGE, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+    def flags(self) -> dict[str, argparse.Action]:
+        return {action.option_strings[0][2:]: action for action in self._actions if action.dest != "help"}
+
+
+def build_parser(prog: str, description: str, methods: Sequence[str], output_dir: str) -> argparse.ArgumentParser:
+    """The parser of an evaluation script: its own flags, and one for every setting of `ADMSConfig`.
+
+    Settings of `ADMSConfig` that are not given are absent from the result, so that the library's defaults hold.
+    """
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    groups = {name: parser.add_argument_group(name) for name in _GROUPS}
+
+    add = groups["model"].add_argument
+    add("--model_name_or_path", metavar="NAME", help="hub name, local folder or .gguf file (SmolLM2-135M-Instruct)")
+    add("--dtype", default="float32", help="float32, bfloat16, float16 or auto (%(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
+    add("--seed", type=int, default=argparse.SUPPRESS, help="seed of torch's and the cache's random numbers (0)")
+
+    add = groups["text"].add_argument
+    add(
+        "--dataset_name",
+        metavar="NAME",
+        help="a text file (.txt, .md, also gzipped), or a name or folder for the datasets library "
+        "(the shipped chapters of Pride and Prejudice)",
+    )
+    add("--task", help="the data set's configuration, such as wikitext-2-raw-v1")
+    add("--split", default="test", help="the data set's split (%(default)s)")
+    add("--text_field", default="text", help="the data set's column that holds the text (%(default)s)")
+    add("--num_samples", type=int, metavar="N", help="use at most N samples: rows of a data set; a file is one (all)")
+    add("--num_eval_tokens", type=int, default=6144, metavar="N", help="tokens to run in total (%(default)s)")
+    add(
+        "--concat_stream",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="join the samples into one stream; otherwise each is a stream with a cache of its own (joined)",
+    )
+    add(
+        "--concat_limit",
+        type=int,
+        metavar="N",
+        help="longest joined stream in tokens; what follows begins another with a new cache (no limit)",
+    )
+    add("--min_seq_len", type=int, default=1, metavar="N", help="leave out samples of fewer tokens (%(default)s)")
+    add("--sep", default="\\n\\n", help="text between joined samples; \\n and \\t are understood (%(default)s)")
+
+    add = groups["scoring"].add_argument
+    add(
+        "--methods",
+        nargs="+",
+        default=list(methods),
+        metavar="METHOD",
+        help=f"methods to compare, at equal memory: {', '.join(METHODS)} ({' '.join(methods)})",
+    )
+    add("--chunk_size", type=int, default=64, metavar="N", help="tokens a forward pass; 1: one by one (%(default)s)")
+    add(
+        "--score_from",
+        type=int,
+        metavar="N",
+        help="first scored token of each stream, from 0 (2048, or a third of a shorter stream)",
+    )
+    add(
+        "--decode_tokens",
+        type=int,
+        default=128,
+        metavar="N",
+        help="tokens decoded one by one after the stream, for their timing only; 0: none (%(default)s)",
+    )
+
+    add = groups["output"].add_argument
+    add("--output_dir", default=output_dir, metavar="DIR", help="where results.json and the plot go (%(default)s)")
+    add("--log_every", type=int, default=1024, metavar="N", help="print a line every N tokens; 0: never (%(default)s)")
+    add(
+        "--config",
+        metavar="FILE",
+        help="JSON object of these flags and settings by name; flags on the command line win over it",
+    )
+
+    _add_settings(parser)
+    return parser
+
+
+def _add_settings(parser: _Parser) -> None:
+    """One flag for every field of `ADMSConfig`, typed as the field is, and the documented --disable_* flags."""
+    from streaming_llm import ADMSConfig
+
+    group = parser.add_argument_group("cache settings", "every setting of ADMSConfig, under its own name")
+    hints = typing.get_type_hints(ADMSConfig)
+    taken = {action.dest for action in parser._actions}
+    for field in dataclasses.fields(ADMSConfig):
+        if field.name in taken or not field.init:
+            continue
+        default = {"recent_size": DEFAULT_RECENT, "compressed_budget": DEFAULT_MIDDLE}.get(field.name, field.default)
+        if field.name in DEFAULT_FEATURES:
+            default = True
+        text = f"{field.metadata.get('help', '').rstrip('.')} ({default})".strip().replace("%", "%%")
+        kind = hints[field.name]
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif kind in (int, float, str):
+            # What is allowed is checked by ADMSConfig, whose messages say more than argparse's.
+            choices = field.metadata.get("options")
+            options |= {"type": kind, "metavar": "|".join(choices) if choices else kind.__name__.upper()}
+        else:
+            raise TypeError(f"no flag can be made of the setting {field.name}, whose type is {kind!r}")
+        group.add_argument(f"--{field.name}", **options)
+        if field.name in FEATURES:
+            group.add_argument(
+                f"--disable_{field.name.removeprefix('enable_')}",
+                dest=field.name,
+                action="store_false",
+                default=argparse.SUPPRESS,
+                help=f"the same as --no-{field.name}",
+            )
+
+
+def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse `argv`, with the flags of a `--config` file, if it names one, put before it."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--config")
+    try:
+        path = first.parse_known_args(argv)[0].config
+    except argparse.ArgumentError:
+        path = None  # the full parser reports it
+    return parser.parse_args([*(_flags_of_file(parser, path) if path else []), *argv])
+
+
+def _flags_of_file(parser: _Parser, path: str) -> list[str]:
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        parser.error(f"can't read --config {path}: {error.strerror or error}")
+    except ValueError as error:
+        parser.error(f"--config {path} is no valid JSON: {error}")
+    if not isinstance(content, dict):
+        parser.error(f"--config {path} must hold one JSON object of names and values")
+    flags = parser.flags()
+    unknown = [name for name in content if name not in flags or name == "config"]
+    if unknown:
+        parser.error(f"--config {path} has unknown names: {', '.join(map(str, unknown))}")
+    arguments: list[str] = []
+    for name, value in content.items():
+        action = flags[name]
+        if value is None:
+            continue
+        if action.nargs == 0:  # a switch
+            if not isinstance(value, bool):
+                parser.error(f"--config {path}: {name} must be true or false, not {value!r}")
+            if value:
+                arguments.append(f"--{name}")
+            elif isinstance(action, argparse.BooleanOptionalAction):
+                arguments.append(f"--no-{name}")
+        elif isinstance(value, list) and action.nargs == "+":
+            arguments += [f"--{name}", *map(str, value)]
+        elif isinstance(value, (bool, list, dict)):
+            parser.error(f"--config {path}: {name} can't be {json.dumps(value)}")
+        else:
+            arguments.append(f"--{name}={value}")
+    return arguments
+
+
+def cache_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings of `ADMSConfig` that were given, by flag or file."""
+    from streaming_llm import ADMSConfig
+
+    given = vars(arguments)
+    return {field.name: given[field.name] for field in dataclasses.fields(ADMSConfig) if field.name in given}
+
+
+def main(
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str,
+    description: str,
+    methods: Sequence[str],
+    output_dir: str,
+    markdown: bool = False,
+) -> int:
+    """Run an evaluation script; its exit code: 0, 1 (something is missing), 2 (wrong usage), 130 (interrupted)."""
+    parser = build_parser(prog, description, methods, output_dir)
+    arguments = parse_arguments(parser, sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments, markdown)
+    except KeyboardInterrupt:
+        print(f"\n{prog}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (EvaluationError, NotImplementedError, ValueError) as error:
+        usage = not isinstance(error, EvaluationError)
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_USAGE if usage else FAILED
+
+
+def _run(arguments: argparse.Namespace, markdown: bool) -> int:
+    from streaming_llm import ADMSConfig, ADMSKVCache
+
+    # All that can be wrong with the arguments is found before the weights are loaded.
+    names = [name for item in arguments.methods for name in item.split(",") if name]
+    plans = plan_methods(names, resolve_settings(cache_settings(arguments)))
+    for plan in plans:
+        if plan.method.kind == "adms":
+            ADMSKVCache(ADMSConfig(**plan.settings))
+    _check(arguments)
+    require("rich", "matplotlib")
+    output = Path(arguments.output_dir).expanduser()
+
+    import torch
+    import transformers
+    from rich.console import Console
+
+    from . import models, report, streaming, texts
+
+    console = Console()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("streaming_llm.evaluation").setLevel(logging.INFO)
+    transformers.utils.logging.disable_progress_bar()
+    device = models.resolve_device(arguments.device)
+    report.prepare_output(output)
+    torch.manual_seed(getattr(arguments, "seed", 0))
+
+    model, tokenizer = models.load_model(arguments.model_name_or_path, arguments.dtype, device)
+    model_name = arguments.model_name_or_path or models.MODEL_NAME
+    text = texts.load_text(
+        tokenizer,
+        arguments.dataset_name,
+        task=arguments.task,
+        split=arguments.split,
+        text_field=arguments.text_field,
+        num_samples=arguments.num_samples,
+        num_eval_tokens=arguments.num_eval_tokens,
+        concat_stream=arguments.concat_stream,
+        concat_limit=arguments.concat_limit,
+        min_seq_len=arguments.min_seq_len,
+        sep=arguments.sep.replace("\\n", "\n").replace("\\t", "\t"),
+    )
+    console.print(f"{model_name}, {text.name}: {text.total_tokens:,} tokens in {_count(len(text.streams), 'stream')}")
+
+    with _Progress(console, text.total_tokens, arguments.log_every) as on_chunk:
+        results = streaming.evaluate_streams(
+            model,
+            text.streams,
+            {plan.method.name: cache_factory(model, plan) for plan in plans},
+            chunk_size=arguments.chunk_size,
+            score_from=arguments.score_from,
+            decode_tokens=arguments.decode_tokens,
+            on_chunk=on_chunk,
+        )
+
+    title = f"{model_name} on {text.name}, {text.total_tokens:,} tokens in chunks of {arguments.chunk_size}"
+    report.print_tables(results, title, _caption(plans), console)
+    if markdown:
+        print(report.markdown_table(results))
+    settings = {name: value for name, value in sorted(vars(arguments).items()) if name not in ("output_dir", "config")}
+    settings["methods"] = {plan.method.name: plan.settings for plan in plans}
+    settings["text"] = {"name": text.name, "tokens": text.total_tokens, "streams": len(text.streams)}
+    scored_from = 0  # with several streams the scored tokens are no single stretch
+    if len(text.streams) == 1:
+        scored_from = arguments.score_from or streaming.default_score_from(text.total_tokens)
+        settings["score_from"] = scored_from
+    report.plot(output / "perplexity.png", results, title, scored_from)
+    report.write_json(output / "results.json", report.results_document(results, settings, device))
+    console.print(f"wrote {output / 'results.json'} and {output / 'perplexity.png'}", soft_wrap=True)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    least = {
+        "chunk_size": 1,
+        "score_from": 1,
+        "decode_tokens": 0,
+        "log_every": 0,
+        "num_eval_tokens": 2,
+        "num_samples": 1,
+        "concat_limit": 2,
+        "min_seq_len": 0,
+    }
+    for name, number in least.items():
+        value = getattr(arguments, name)
+        if value is not None and value < number:
+            raise ValueError(f"{name}={value} is too small; it must be at least {number}")
+    if arguments.score_from is not None and arguments.score_from >= arguments.num_eval_tokens:
+        raise ValueError(
+            f"score_from={arguments.score_from} leaves nothing to score of {arguments.num_eval_tokens} tokens "
+            "(num_eval_tokens)"
+        )
+    if arguments.concat_limit is not None and not arguments.concat_stream:
+        raise ValueError("concat_limit has no meaning with --no-concat_stream; leave one of them out")
+
+
+def _caption(plans) -> str:
+    bounded = [plan for plan in plans if plan.total_tokens is not None]
+    if not bounded:
+        return "KL in nats a token."
+    totals = {plan.total_tokens for plan in bounded}
+    equal = f"every method but full keeps {bounded[0].total_tokens:,} tokens a head when it compacts"
+    if len(totals) > 1:
+        equal = "tokens a head: " + ", ".join(f"{plan.method.name} {plan.total_tokens:,}" for plan in bounded)
+    return (
+        f"Equal memory: {equal}, every {bounded[0].interval} tokens. KL in nats a token. 'cache' is the most bytes "
+        "held, all state included."
+    )
+
+
+class _Progress:
+    """A progress bar on a terminal, and a line every `log_every` tokens anywhere."""
+
+    def __init__(self, console, total: int, log_every: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.console = console
+        self.log_every = log_every
+        self.total = total
+        self.logged = 0
+
+    def __enter__(self):
+        self.bar.start()
+        self.task = self.bar.add_task("tokens", total=self.total)
+        return self.on_chunk
+
+    def on_chunk(self, tokens: int, perplexities: dict[str, float]) -> None:
+        self.bar.update(self.task, completed=tokens)
+        if self.log_every and tokens // self.log_every > self.logged:
+            self.logged = tokens // self.log_every
+            running = ", ".join(f"{name} {value:.2f}" for name, value in perplexities.items()) or "not scored yet"
+            self.console.print(f"{tokens:,} tokens: perplexity {running}", soft_wrap=True, highlight=False)
+
+    def __exit__(self, *_) -> None:
+        self.bar.stop()
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

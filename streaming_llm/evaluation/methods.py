@@ -1,0 +1,158 @@
+"""The methods a comparison can name, each with settings that give all of them the same number of tokens a head."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# The comparison of the documentation: 516 tokens a head, 4 of them sinks.
+DEFAULT_RECENT = 256
+DEFAULT_MIDDLE = 256
+# The ADM++ features the examples turn on where nothing is said.
+DEFAULT_FEATURES: tuple[str, ...] = ()
+FEATURES = (
+    "enable_dual_fidelity",
+    "enable_residual_replay",
+    "enable_position_calibration",
+    "enable_adaptive_controller",
+)
+# What a feature sets beside its switch; the values are those of `ADMSConfig.adm_plus_plus()`.
+FEATURE_SETTINGS = {
+    "enable_dual_fidelity": ("sketch_budget",),
+    "enable_residual_replay": ("replay_budget", "energy_replay_threshold"),
+    "enable_position_calibration": (),
+    "enable_adaptive_controller": ("controller_gain", "controller_group_size"),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One entry of `--methods`: `kind` is "full", "baseline" or "adms"; `settings` override the run's."""
+
+    name: str
+    kind: str
+    help: str
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("full", "full", "transformers' own cache: every token, no bound; what the others are measured against"),
+        Method("streaming", "baseline", "StreamingLLM: sinks and a recent window, nothing between"),
+        Method("h2o", "baseline", "H2O: the middle tokens with the most attention ever received"),
+        Method("snapkv", "baseline", "SnapKV: the middle tokens the last queries attend to"),
+        Method("tova", "baseline", "TOVA: the tokens the last query attends to"),
+        Method("adms", "adms", "ADMS with the settings given"),
+        Method("adms_low_rank", "adms", "ADMS, low-rank compressor", {"compressor_type": "low_rank"}),
+        Method("adms_vq", "adms", "ADMS, vector-quantising compressor", {"compressor_type": "vq"}),
+        Method(
+            "adms_attention_matching",
+            "adms",
+            "ADMS, attention-matching compressor",
+            {"compressor_type": "attention_matching"},
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A method with the settings it runs with; empty for the full cache."""
+
+    method: Method
+    settings: dict[str, Any]
+    total_tokens: int | None
+    interval: int | None
+
+
+def resolve_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a comparison: what was given, over the examples' defaults (see the constants above)."""
+    from streaming_llm import ADMSConfig
+
+    resolved: dict[str, Any] = {feature: True for feature in DEFAULT_FEATURES} | dict(settings)
+    features = [feature for feature in FEATURES if resolved.get(feature)]
+    if features:
+        recommended = ADMSConfig.adm_plus_plus()
+        for feature in features:
+            for name in FEATURE_SETTINGS[feature]:
+                resolved.setdefault(name, getattr(recommended, name))
+    resolved.setdefault("recent_size", DEFAULT_RECENT)
+    if "compressed_budget" not in resolved:
+        others = resolved.get("sketch_budget", 0) + resolved.get("replay_budget", 0)
+        if others >= DEFAULT_MIDDLE:
+            raise ValueError(
+                f"sketch_budget and replay_budget together are {others} tokens and leave nothing of the "
+                f"{DEFAULT_MIDDLE} middle tokens; give compressed_budget as well"
+            )
+        resolved["compressed_budget"] = DEFAULT_MIDDLE - others
+    return resolved
+
+
+def plan_methods(names: Sequence[str], settings: Mapping[str, Any]) -> list[Plan]:
+    """Check the methods' names and give each the settings with which it holds as many tokens a head as "adms" does.
+
+    `settings`: those of "adms", from `resolve_settings`. StreamingLLM gets the middle tokens' share as a longer recent
+    window; every other method the same sinks and recent window, and the rest as its budget.
+    Raises `ValueError` for an unknown method or a setting that `ADMSConfig` refuses.
+    """
+    from streaming_llm import ADMSConfig
+
+    if not names:
+        raise ValueError(f"methods is empty; choose from {', '.join(METHODS)}")
+    for name in names:
+        if name not in METHODS:
+            raise ValueError(f"method {name!r} is not known; choose from {', '.join(METHODS)}")
+    config = ADMSConfig(**settings)
+    total = _total_tokens(config)
+    plans = []
+    for name in dict.fromkeys(names):
+        method = METHODS[name]
+        if method.kind == "full":
+            plans.append(Plan(method, {}, None, None))
+            continue
+        if method.kind == "baseline":
+            own = _baseline_settings(name, config, settings, total)
+            held = own["start_size"] + own["recent_size"] + own.get("compressed_budget", 0)
+            plans.append(Plan(method, own, held, config.compression_interval))
+            continue
+        own = {**settings, **method.settings}
+        own["compressed_budget"] += total - _total_tokens(ADMSConfig(**own))
+        plans.append(Plan(method, own, _total_tokens(ADMSConfig(**own)), config.compression_interval))
+    return plans
+
+
+def cache_factory(model, plan: Plan) -> Callable[[], Any]:
+    """A function giving a new cache of the planned method for `model`."""
+    if plan.method.kind == "full":
+        from transformers import DynamicCache
+
+        return lambda: DynamicCache(config=model.config)
+    if plan.method.kind == "baseline":
+        from streaming_llm.baselines import enable_baseline
+
+        return lambda: enable_baseline(model, plan.method.name, **plan.settings)
+    from streaming_llm import enable_adms_llm
+
+    return lambda: enable_adms_llm(model, **plan.settings)
+
+
+def _total_tokens(config) -> int:
+    """Tokens a head keeps after a compaction, all tiers together."""
+    return config.expected_max_tokens - config.compression_interval
+
+
+def _baseline_settings(name: str, config, settings: Mapping[str, Any], total: int) -> dict[str, Any]:
+    # A baseline shares what has a meaning for it: positions, when the layer compacts and SnapKV's window.
+    shared = ("compression_interval", "enable_pos_shift", "attention_window")
+    own = {key: settings[key] for key in shared if key in settings}
+    sinks = config.dynamic_start_size
+    own["start_size"] = sinks
+    if name == "streaming":
+        own["recent_size"] = total - sinks
+    else:
+        own["recent_size"] = config.recent_size
+        own["compressed_budget"] = total - sinks - config.recent_size
+    return own

@@ -1,0 +1,189 @@
+"""Shows and stores what an evaluation found: a table, `results.json` and `perplexity.png`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import EvaluationError
+from .streaming import MethodResult
+
+# Okabe and Ito's colours, told apart with any colour vision; the line style tells the rest of the lines apart.
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+STYLES = ("-", "--", "-.", ":")
+
+TIME_CAPTION = (
+    "'compaction' is the time of all compactions over the rest of the forward passes' time, from the first compaction "
+    "on; 'decode' columns: tokens fed one by one after the stream."
+)
+
+# A column's head, and how a result reads in it; a dash where there is nothing to compare to.
+COLUMNS: dict[str, Callable[[MethodResult], str]] = {
+    "method": lambda result: result.method,
+    "perplexity": lambda result: f"{result.perplexity:.2f}",
+    "KL to full": lambda result: _cell(result.kl, "{:.4f}"),
+    "gap recovered": lambda result: _cell(result.gap_recovered, "{:.1%}"),
+    "tokens/s": lambda result: f"{result.timing.tokens_per_second:.0f}",
+    "cache": lambda result: format_bytes(result.cache_bytes),
+}
+TIME_COLUMNS: dict[str, Callable[[MethodResult], str]] = {
+    "method": lambda result: result.method,
+    "tokens held": lambda result: f"{result.held_tokens:,}",
+    "compaction": lambda result: _cell(result.timing.compaction_share, "{:.1%}"),
+    "decode tokens/s": lambda result: _cell(result.timing.decode_tokens_per_second, "{:.1f}"),
+    "decode compaction": lambda result: _cell(result.timing.decode_compaction_share, "{:.2%}"),
+}
+
+
+def print_tables(results: Mapping[str, MethodResult], title: str, caption: str, console=None) -> None:
+    """Print the comparison, and below it what compaction costs, to the terminal (needs `rich`)."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = console or Console()
+    looks = ((COLUMNS, title, caption), (TIME_COLUMNS, "What compaction costs", TIME_CAPTION))
+    for columns, heading, note in looks:
+        # Two tables without frames: together they would not fit a terminal of 80 columns.
+        table = Table(title=heading, caption=note, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        table.title_justify = table.caption_justify = "left"
+        for index, column in enumerate(columns):
+            table.add_column(column.replace(" ", "\n", 1), justify="right" if index else "left", no_wrap=True)
+        for result in results.values():
+            table.add_row(*(show(result) for show in columns.values()))
+        console.print()
+        console.print(table)
+
+
+def markdown_table(results: Mapping[str, MethodResult]) -> str:
+    """Both tables as one, in Markdown."""
+    columns = COLUMNS | TIME_COLUMNS
+    lines = [list(columns), ["---"] * len(columns)]
+    lines += [[show(result) for show in columns.values()] for result in results.values()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def results_document(results: Mapping[str, MethodResult], settings: Mapping[str, Any], device: Any) -> dict[str, Any]:
+    """What `results.json` holds.
+
+    `settings`, `environment` and `results` are the same to the digit when a run is repeated on the same machine; all
+    that isn't is under `timing`.
+    """
+    measured, timing = {}, {}
+    for name, result in results.items():
+        entry = dataclasses.asdict(result)
+        timing[name] = entry.pop("timing")
+        del entry["method"]
+        measured[name] = entry
+    return {"settings": dict(settings), "environment": environment(device), "results": measured, "timing": timing}
+
+
+def environment(device: Any) -> dict[str, Any]:
+    """Versions and hardware a result depends on."""
+    import torch
+    import transformers
+
+    import streaming_llm
+
+    cuda = getattr(device, "type", str(device)) == "cuda"
+    return {
+        "streaming_llm": getattr(streaming_llm, "__version__", None),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if cuda else str(device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a JSON file in one step: it is there whole, or as it was before."""
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write(temporary)` fill a file beside `path`, then put it in its place; nothing is left of a failed write."""
+    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def prepare_output(directory: Path) -> None:
+    """Create the output directory and see that it can be written, before any time is spent on the results."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise EvaluationError(f"can't write to output_dir {directory}: {error.strerror or error}") from error
+
+
+def plot(path: Path, results: Mapping[str, MethodResult], title: str, score_from: int) -> None:
+    """Draw running perplexity and cache size over the tokens read, one line a method (needs `matplotlib`).
+
+    `score_from`: the first scored token; what comes before is shaded, as it has no perplexity.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    # No pyplot: a window's toolkit is not needed to write a file, nor a global figure.
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    visible: list[float] = []
+    for index, (name, result) in enumerate(results.items()):
+        curve = result.curve
+        turn, colour = divmod(index, len(COLOURS))
+        look = {"color": COLOURS[colour], "linestyle": STYLES[(colour + turn) % len(STYLES)], "linewidth": 1.8}
+        points = [(t, p) for t, p in zip(curve.tokens, curve.perplexity, strict=True) if p is not None]
+        upper.plot([t for t, _ in points], [p for _, p in points], label=name, **look)
+        # The mean of the first few tokens swings wildly and would set the scale: it may leave the picture.
+        visible.extend(p for _, p in points[len(points) // 10 :])
+        lower.plot(curve.tokens, [size / 2**20 for size in curve.cache_bytes], label=name, **look)
+    if visible:
+        low, high = min(visible), max(visible)
+        margin = 0.08 * (high - low) or 0.05 * high
+        upper.set_ylim(low - margin, high + margin)
+    for axes in (upper, lower):
+        axes.axvspan(0, score_from, color="0.93", zorder=0)
+        axes.grid(True, color="0.85", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0)
+    upper.set_title(title, loc="left", fontsize=11)
+    upper.set_ylabel("running perplexity\n(scored tokens so far)")
+    lower.set_ylabel("cache size (MiB)")
+    lower.set_xlabel("tokens read")
+    lower.set_ylim(bottom=0)
+    lower.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))
+    if score_from > 1:
+        upper.text(score_from / 2, 0.5, "not scored", transform=upper.get_xaxis_transform(), ha="center", color="0.4")
+    handles, labels = upper.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+
+
+def format_bytes(size: int) -> str:
+    """A size with the binary unit that keeps it readable: 45.4 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)

@@ -1,0 +1,212 @@
+"""Token scores: what the recent queries attend to, and what keys and values alone tell.
+
+Attention-based scores follow H2O (Zhang et al. 2023, arXiv 2306.14048) and SnapKV (Li et al. 2024, arXiv 2404.14469); the
+product with the value norm follows VATP (Guo et al. 2024, arXiv 2406.12335); without queries, KeyDiff (Park et al. 2025,
+arXiv 2504.15364).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .tokens import WeightedTokens, top_slots
+
+_BLOCK_ELEMENTS = 1 << 25
+
+
+@dataclass
+class Queries:
+    """Reference queries of one layer.
+
+    Attributes:
+        states: `[batch, kv_heads, groups, window, head_dim]`, rotated, newest last; the newest belongs to the newest token.
+        scale: what the logits are multiplied by.
+        valid: which belong to real tokens, bool `[batch, window]`; None when all do.
+        softcap: the model's logit soft-capping (Gemma 2), None without.
+        step: how many tokens lie between a query and the next (1: every token's query is there).
+    """
+
+    states: torch.Tensor
+    scale: float
+    valid: torch.Tensor | None = None
+    softcap: float | None = None
+    step: int = 1
+
+    @property
+    def window(self) -> int:
+        """Number of queries per head."""
+        return self.states.shape[3]
+
+    def _part(self, index: slice, step: int = 1) -> Queries:
+        valid = None if self.valid is None else self.valid[:, index]
+        return Queries(self.states[:, :, :, index], self.scale, valid, self.softcap, self.step * step)
+
+    def last(self, window: int) -> Queries:
+        """The newest `window` queries."""
+        return self if self.window <= window else self._part(slice(self.window - window, None))
+
+    def every(self, step: int) -> Queries:
+        """Every `step`-th query, the newest among them."""
+        return self if step == 1 else self._part(slice((self.window - 1) % step, None, step), step)
+
+    def logits(self, keys: torch.Tensor) -> torch.Tensor:
+        """`softcap(q.k * scale)`, float32 `[batch, kv_heads, groups, window, tokens]`; no log-mass, no causality."""
+        batch, heads, groups, window, dim = self.states.shape
+        flat = self.states.reshape(batch, heads, groups * window, dim).float() * self.scale
+        logits = flat @ keys.float().transpose(-1, -2)
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits.view(batch, heads, groups, window, keys.shape[2])
+
+
+def attention_logits(queries: Queries, keys: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    """Logits with log-mass, causal for the newest tokens: the query `a` places before the newest does not see the `a` newest.
+
+    Args:
+        queries: the newest queries; the last one belongs to the last key.
+        keys: `[batch, kv_heads, tokens, head_dim]`, oldest first.
+        beta: `[batch, kv_heads, tokens]`.
+
+    Returns:
+        float32 `[batch, kv_heads, groups, window, tokens]`, `-inf` where nothing is seen.
+    """
+    logits = queries.logits(keys) + beta[:, :, None, None]
+    window, tokens = queries.window, keys.shape[2]
+    tail = min((window - 1) * queries.step, tokens)
+    if tail == 0:
+        return logits
+    age_of_query = torch.arange(window - 1, -1, -1, device=keys.device) * queries.step
+    age_of_key = torch.arange(tail - 1, -1, -1, device=keys.device)
+    hidden = age_of_key[None, :] < age_of_query[:, None]
+    logits[..., tokens - tail :].masked_fill_(hidden, -torch.inf)
+    return logits
+
+
+def attention_statistics(
+    queries: Queries, keys: torch.Tensor, beta: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and mean square over the queries of each token's attention probability.
+
+    The softmax runs over all tokens held. Computed in float32, in blocks of queries so that the probabilities of a long
+    prefill never exist all at once.
+
+    Returns:
+        `(mass, square)`, each float32 `[batch, kv_heads, tokens]`.
+    """
+    batch, heads, groups, window, _ = queries.states.shape
+    tokens = keys.shape[2]
+    mass = torch.zeros(batch, heads, tokens, device=keys.device)
+    square = torch.zeros_like(mass)
+    block = max(1, _BLOCK_ELEMENTS // max(1, batch * heads * groups * tokens))
+    for start in range(0, window, block):
+        stop = min(window, start + block)
+        part = queries._part(slice(start, stop))
+        seen = tokens - (window - stop) * queries.step
+        logits = attention_logits(part, keys[:, :, :seen], beta[:, :, :seen])
+        probabilities = logits.softmax(dim=-1)
+        if part.valid is not None:
+            probabilities = torch.where(part.valid[:, None, None, :, None], probabilities, 0.0)
+        mass[:, :, :seen] += probabilities.sum((2, 3))
+        square[:, :, :seen] += probabilities.square_().sum((2, 3))
+    if queries.valid is None:
+        total = torch.full((batch, 1, 1), float(groups * window), device=keys.device)
+    else:
+        total = (queries.valid.sum(-1) * groups).clamp_min(1)[:, None, None].float()
+    return mass / total, square / total
+
+
+def remember(
+    tokens: WeightedTokens, mass: torch.Tensor, square: torch.Tensor, queries: int, window: int, decay: float
+) -> None:
+    """Fold the statistics of `queries` new queries into the tokens' averages and remembered scores, in place.
+
+    The averages are exponential with weight `queries / window`, so about the last `window` queries count. The score is
+    `max(decay ** (queries / 64) * score, sqrt(square))`: a token once needed is not forgotten the moment it is ignored.
+
+    Args:
+        tokens: the tokens the statistics were taken over; `score`, `mass` and `square` are updated.
+        mass, square: what `attention_statistics` gave, `[batch, kv_heads, tokens]`.
+    """
+    weight = min(1.0, queries / window)
+    tokens.mass.lerp_(mass, weight)
+    tokens.square.lerp_(square, weight)
+    tokens.score.mul_(decay ** (queries / 64))
+    torch.maximum(tokens.score, tokens.square.sqrt(), out=tokens.score)
+
+
+def value_norm(tokens: WeightedTokens) -> torch.Tensor:
+    """Euclidean norm of the values, float32 `[batch, kv_heads, tokens]`."""
+    return tokens.values.float().norm(dim=-1)
+
+
+def key_norm(tokens: WeightedTokens) -> torch.Tensor:
+    """Inverse norm of the keys: small keys draw attention (Devoto et al. 2024, arXiv 2406.11430)."""
+    return 1.0 / tokens.keys.float().norm(dim=-1).clamp_min(1e-6)
+
+
+def key_difference(tokens: WeightedTokens) -> torch.Tensor:
+    """One minus the cosine of each key with the mean direction of its head's keys (KeyDiff), in [0, 2]."""
+    valid = tokens.valid
+    unit = torch.nn.functional.normalize(tokens.keys.float(), dim=-1) * valid[..., None]
+    mean = torch.nn.functional.normalize(unit.sum(2, keepdim=True), dim=-1)
+    return 1.0 - (unit * mean).sum(-1)
+
+
+def _share(score: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    score = score.masked_fill(~valid, 0.0)
+    return score / score.sum(-1, keepdim=True).clamp_min(1e-20)
+
+
+def importance(tokens: WeightedTokens, metric: str, blend: float, queries_seen: bool) -> torch.Tensor:
+    """The importance of each token by `metric`, at least 0, comparable within a head.
+
+    Args:
+        tokens: the candidates.
+        metric: `attention` (the remembered score), `value_norm`, `key_norm`, or `mixed` (score times value norm).
+        blend: share of the attention score in `attention`; the rest is the value norm's.
+        queries_seen: False where no query was ever shown; `attention` and `mixed` then fall back to `key_difference`.
+
+    Returns:
+        float32 `[batch, kv_heads, tokens]`.
+    """
+    valid = tokens.valid
+    if metric == "value_norm":
+        return value_norm(tokens)
+    if metric == "key_norm":
+        return key_norm(tokens)
+    if not queries_seen:
+        return key_difference(tokens)
+    if metric == "mixed":
+        return tokens.score * value_norm(tokens)
+    if blend == 1.0:
+        return tokens.score
+    return blend * _share(tokens.score, valid) + (1 - blend) * _share(value_norm(tokens), valid)
+
+
+def spread_over_segments(
+    score: torch.Tensor, valid: torch.Tensor, pos: torch.Tensor, wanted: int, segments: int, share: float
+) -> torch.Tensor:
+    """Scores that put the best tokens of every segment of the middle first.
+
+    `round(share * wanted)` tokens are taken evenly from `segments` stretches of equal length in position; the rest is
+    left to the score. With a share of 0 the score comes back as it is.
+
+    Returns:
+        float32 as `score`: reserved tokens lifted above all others, their order kept.
+    """
+    per_segment = round(share * wanted) // segments
+    if per_segment == 0:
+        return score
+    first = pos.masked_fill(~valid, torch.inf).amin(-1, keepdim=True)
+    last = pos.masked_fill(~valid, -torch.inf).amax(-1, keepdim=True)
+    place = torch.nan_to_num((pos - first) / (last - first).clamp_min(1.0), nan=0.0, posinf=0.0, neginf=0.0)
+    segment = (place * segments).long().clamp(0, segments - 1)
+    lifted = score.clone()
+    lift = score.masked_fill(~valid, 0.0).abs().amax(-1, keepdim=True) + 1.0
+    per_segment = min(per_segment, score.shape[-1])
+    for number in range(segments):
+        index, picked = top_slots(score, valid & (segment == number), per_segment)
+        lifted.scatter_add_(2, index, picked * lift)
+    return lifted

@@ -1,0 +1,579 @@
+"""One layer of the cache: its buffer, the append, and the order of a compaction."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from .budgets import middle_variance, share_budget
+from .compressors import get_compressor
+from .compressors.base import Compressor, Reference
+from .config import ADMSConfig
+from .importance import Queries, attention_statistics, importance, spread_over_segments
+from .tokens import EXACT, PRECISION, RECENT, SINK, WeightedTokens, concatenate, top_slots
+
+# Every fourth query tells nearly what all of them do, at a quarter of the cost (ADM_PLUS_PLUS_IMPLEMENTATION.md).
+_QUERY_STEP = 4
+
+
+class NonFiniteError(ValueError):
+    """Keys or values with NaN or infinity were given to the cache; it is as it was before."""
+
+
+@dataclass
+class Arrival:
+    """What a forward pass says about its new tokens, beside their keys and values.
+
+    Attributes:
+        positions: position ids `[batch or 1, tokens]`, None to count on from the last.
+        real: which are no padding, bool `[batch, tokens]`, None when all are.
+    """
+
+    positions: torch.Tensor | None = None
+    real: torch.Tensor | None = None
+
+
+class ADMSLayer(CacheLayerMixin):
+    """The weighted tokens of one layer: `[sinks | middle | recent window]`, new tokens appended behind.
+
+    The buffer is allocated once and written in place. When new tokens do not fit any more, the middle is compacted; a pass
+    longer than `compression_interval` is attended to as a whole and compacted right after its attention.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, config: ADMSConfig, wired: bool = False):
+        super().__init__()
+        self.config = config
+        self.wired = wired
+        self.compressor: Compressor = get_compressor(config.compressor_type)(config)
+        self.profile = False
+        self.compaction_seconds = 0.0
+        self._forget()
+
+    def _forget(self) -> None:
+        self.buffer: WeightedTokens | None = None
+        self.overflow: WeightedTokens | None = None
+        self.length = 0
+        self.seen = 0
+        self.compacted = False
+        self.padded = False
+        self.is_initialized = False
+        self.queries_seen = False
+        self.query_buffer: torch.Tensor | None = None
+        self.query_real: torch.Tensor | None = None
+        self.query_count = 0
+        self.query_folded = 0
+        self.query_scale = 1.0
+        self.query_softcap: float | None = None
+        self.variance_ema: torch.Tensor | None = None
+        self.budgets: torch.Tensor | None = None
+        self.compressions = 0
+        self.kept_exact: torch.Tensor | int = 0
+        self.kept_compressed: torch.Tensor | int = 0
+        self.dropped: torch.Tensor | int = 0
+        self._unanswered = False
+        self._undo: tuple[int, int, int, int] | None = None
+        self._sealed = False
+
+    # -- what transformers asks ------------------------------------------------------------------------------------------
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """The keys held, `[batch, kv_heads, tokens, head_dim]`, a view; None before the first token."""
+        return None if self.buffer is None else self.buffer.keys[:, :, : self.length]
+
+    @keys.setter
+    def keys(self, _: object) -> None:
+        pass  # CacheLayerMixin.__init__ assigns None
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """The values held, `[batch, kv_heads, tokens, value_dim]`, a view; None before the first token."""
+        return None if self.buffer is None else self.buffer.values[:, :, : self.length]
+
+    @values.setter
+    def values(self, _: object) -> None:
+        pass
+
+    @property
+    def held(self) -> WeightedTokens:
+        """All slots in use, as views."""
+        return self.buffer.slice(0, self.length)
+
+    @property
+    def resting_length(self) -> int:
+        """Slots after a compaction."""
+        config = self.config
+        return config.dynamic_start_size + config.widest_middle + config.recent_size
+
+    @property
+    def _can_compact(self) -> bool:
+        """Whether there is more between sinks and recent window than the middle may hold."""
+        fixed = self.config.dynamic_start_size + self.config.recent_size
+        width = self.config.widest_middle if self.compacted else self.config.middle_allocation
+        return self.length - fixed > width
+
+    @property
+    def capacity(self) -> int:
+        """Slots that may be in use between two forward passes: `expected_max_tokens`, as wide as the widest head's."""
+        return self.config.buffer_tokens if self.compacted else self.config.expected_max_tokens
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate the buffer for states of this shape, dtype and device."""
+        self.config.check_head_dim(key_states.shape[-1])
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.buffer = WeightedTokens.empty(key_states, value_states, self.config.buffer_tokens)
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, held or not."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        """-1: a stream has no maximum length."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def _length_before(self, new: int) -> int:
+        """Slots in use when `new` tokens are appended: fewer than now where they make a compaction necessary."""
+        if self.length + new > self.capacity and self._can_compact:
+            return self.resting_length
+        return self.length
+
+    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
+        """Length and offset of the keys that the next `query_length` queries will see.
+
+        The offset puts the held tokens right before the new ones, so that a plain causal mask is right for them.
+        """
+        new = query_length.shape[0] if isinstance(query_length, torch.Tensor) else query_length
+        before = self._length_before(new)
+        return before + new, self.seen - before
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, arrival: Arrival | None = None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append new tokens and return all keys and values to attend to.
+
+        Args:
+            key_states: `[batch, kv_heads, tokens, head_dim]`, rotated.
+            value_states: `[batch, kv_heads, tokens, value_dim]`.
+            arrival: positions and padding; None for plain tokens that follow the last.
+
+        Raises:
+            NonFiniteError: NaN or infinity among them; nothing has changed.
+            ValueError: a batch, head count or dimension other than the tokens held have; nothing has changed.
+            RuntimeError: the model this cache was enabled on no longer shows its queries; nothing has changed.
+        """
+        self._check(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = key_states.shape[2]
+        if self.length + new > self.capacity and self._can_compact:
+            self.compact()
+        tokens = self._arriving(key_states, value_states, arrival or Arrival())
+        self._undo = (self.length, self.seen, self.query_count, self.query_folded)
+        self._sealed = False
+        start, self.length, self.seen = self.length, self.length + new, self.seen + new
+        if self.length <= self.capacity:
+            self.buffer.write(start, tokens)
+            keys, values = self.keys, self.values
+        else:
+            self.overflow = concatenate([self.buffer.slice(0, start), tokens])
+            keys, values = self.overflow.keys, self.overflow.values
+            if not self.wired:
+                keys, values = keys.clone(), values.clone()
+                self.compact()
+        if self.wired:
+            self._unanswered = True
+            keys.adms_layer = self
+        return keys, values
+
+    def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        too_many = self.length + key_states.shape[2] > self.capacity
+        if self._unanswered and (self.compacted or too_many):
+            raise RuntimeError(
+                "the cache was made by enable_adms_llm, but the model's attention does not show it its queries: the model "
+                "is not (or no longer) enabled. Call enable_adms_llm(model, ...) again and use the cache it returns"
+            )
+        if self.is_initialized:
+            batch, heads, _, dim = self.buffer.keys.shape
+            expected = (batch, heads, dim, self.buffer.values.shape[-1])
+            got = (*key_states.shape[:2], key_states.shape[-1], value_states.shape[-1])
+            if got != expected:
+                raise ValueError(
+                    f"key_states, value_states of (batch, kv_heads, head_dim, value_dim)={got} do not fit the cache, "
+                    f"which holds {expected}; use a new cache or cache.reset()"
+                )
+        # On an accelerator a check here would wait for the device in every layer: the cache asks once, after the forward.
+        if key_states.device.type == "cpu":
+            for name, states in (("key_states", key_states), ("value_states", value_states)):
+                if not bool(torch.isfinite(states).all()):
+                    raise NonFiniteError(f"{name} hold NaN or infinity; the cache takes finite numbers only")
+
+    def _arriving(self, key_states: torch.Tensor, value_states: torch.Tensor, arrival: Arrival) -> WeightedTokens:
+        new = key_states.shape[2]
+        positions = arrival.positions
+        if positions is None:
+            positions = torch.arange(self.seen, self.seen + new, device=key_states.device)[None]
+        tokens = WeightedTokens.new(key_states, value_states, positions[:, None, :])
+        if arrival.real is not None:
+            self.padded = True
+            tokens = tokens.where_valid(arrival.real[:, None, :].to(key_states.device).expand(tokens.beta.shape))
+        return tokens
+
+    # -- what the attention function asks ------------------------------------------------------------------------------
+
+    @property
+    def plain(self) -> bool:
+        """True while nothing was compacted and nothing padded: attention is then the model's own, to the bit."""
+        return not self.compacted
+
+    def attention_bias(self, new: int, groups: int, dtype: torch.dtype) -> torch.Tensor:
+        """Log-mass, causality among the new tokens and padding as one additive mask.
+
+        Returns:
+            `[batch, kv_heads * groups, new, tokens]` in `dtype`; the smallest number where nothing is to be seen.
+        """
+        held = self.overflow if self.overflow is not None else self.held
+        lowest = torch.finfo(dtype).min
+        beta = held.beta.clamp_min(lowest).to(dtype)
+        batch, heads, tokens = beta.shape
+        bias = beta[:, :, None, None].expand(batch, heads, groups, new, tokens)
+        if new > 1:
+            hidden = torch.ones(new, new, dtype=torch.bool, device=beta.device).triu(1)
+            bias = torch.cat([bias[..., : tokens - new], bias[..., tokens - new :].masked_fill(hidden, lowest)], dim=-1)
+        return bias.reshape(batch, heads * groups, new, tokens)
+
+    def observe(self, query: torch.Tensor, scale: float, softcap: float | None = None) -> None:
+        """Take note of the queries that attended to what `update` returned, then compact if that was too much.
+
+        Args:
+            query: `[batch, kv_heads * groups, tokens, head_dim]`, rotated.
+            scale: what the logits were multiplied by.
+        """
+        self._unanswered = False
+        self.query_scale, self.query_softcap = scale, softcap
+        self.queries_seen = True
+        batch, heads = self.buffer.keys.shape[:2]
+        new = query.shape[2]
+        states = query.detach().view(batch, heads, query.shape[1] // heads, new, query.shape[-1])
+        held = self.overflow if self.overflow is not None else self.held
+        real = held.valid[:, 0, held.length - new :] if self.padded else None
+        with self._timed():
+            if self.overflow is not None:
+                self._observe_prefill(states, real, held)
+                self.compact()
+            elif self.config.middle_allocation:
+                self._store_queries(states, real)
+
+    def _store_queries(self, states: torch.Tensor, real: torch.Tensor | None) -> None:
+        batch, heads, groups, new, dim = states.shape
+        slots = self.config.query_slots
+        if self.query_buffer is None:
+            self.query_buffer = states.new_zeros(batch, heads, groups, slots, dim)
+        if self.padded and self.query_real is None:
+            self.query_real = torch.ones(batch, slots, dtype=torch.bool, device=states.device)
+        if self.query_count + new > slots:
+            self._fold_stored(self.length - new)
+            if new >= slots:
+                self._fold(Queries(states, self.query_scale, real, self.query_softcap), self.held)
+                states = states[:, :, :, -slots:]
+                real = None if real is None else real[:, -slots:]
+                self._keep_queries(0)
+                self._append_queries(states, real)
+                self.query_folded = self.query_count
+                return
+            self._keep_queries(slots - max(new, self.config.compression_interval))
+        self._append_queries(states, real)
+
+    def _append_queries(self, states: torch.Tensor, real: torch.Tensor | None) -> None:
+        start, self.query_count = self.query_count, self.query_count + states.shape[3]
+        self.query_buffer[:, :, :, start : self.query_count] = states
+        if self.query_real is not None:
+            self.query_real[:, start : self.query_count] = True if real is None else real
+
+    def _keep_queries(self, keep: int) -> None:
+        keep = min(keep, self.query_count)
+        first = self.query_count - keep
+        if first and keep:
+            self.query_buffer[:, :, :, :keep] = self.query_buffer[:, :, :, first : self.query_count].clone()
+            if self.query_real is not None:
+                self.query_real[:, :keep] = self.query_real[:, first : self.query_count].clone()
+        self.query_count = keep
+        self.query_folded = max(0, self.query_folded - first)
+
+    def _stored(self, start: int) -> Queries | None:
+        if self.query_buffer is None or self.query_count <= start:
+            return None
+        real = None if self.query_real is None else self.query_real[:, start : self.query_count]
+        states = self.query_buffer[:, :, :, start : self.query_count]
+        return Queries(states, self.query_scale, real, self.query_softcap)
+
+    def _fold(self, queries: Queries, held: WeightedTokens) -> None:
+        if held.length:
+            mass, square = attention_statistics(queries.every(_QUERY_STEP), held.keys, held.beta)
+            self.compressor.remember(held, mass, square, queries.window)
+
+    def _fold_stored(self, length: int) -> None:
+        """Fold the queries not folded yet; the newest of them belongs to the token in slot `length - 1`."""
+        queries = self._stored(self.query_folded)
+        if queries is not None:
+            self._fold(queries, self.buffer.slice(0, length))
+        self.query_folded = self.query_count
+
+    def _observe_prefill(self, states: torch.Tensor, real: torch.Tensor | None, held: WeightedTokens) -> None:
+        new = states.shape[3]
+        before = held.length - new
+        if self._stored(self.query_folded) is not None:
+            queries = self._stored(self.query_folded)
+            self._fold(queries, held.slice(0, before))
+        window = self.config.attention_window
+        for start in range(0, new, window):
+            stop = min(new, start + window)
+            valid = None if real is None else real[:, start:stop]
+            part = Queries(states[:, :, :, start:stop], self.query_scale, valid, self.query_softcap)
+            self._fold(part, held.slice(0, before + stop))
+        self._keep_queries(0)
+        if self.config.middle_allocation:
+            if self.query_buffer is None:
+                self.query_buffer = states.new_zeros(*states.shape[:3], self.config.query_slots, states.shape[-1])
+            if self.padded and self.query_real is None:
+                shape = (states.shape[0], self.config.query_slots)
+                self.query_real = torch.ones(shape, dtype=torch.bool, device=states.device)
+            last = min(new, self.config.query_slots)
+            self._append_queries(states[:, :, :, -last:], None if real is None else real[:, -last:])
+            self.query_folded = self.query_count
+
+    # -- compaction ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def compact(self) -> None:
+        """Reduce the middle to its budget; sinks and recent window stay. Nothing happens while the middle fits."""
+        with self._timed():
+            source = self.overflow
+            if source is None:
+                self._fold_stored(self.length)
+                source = self.held
+            if self.padded and not self.compacted:
+                source = self._rows_aligned(source)
+            sinks, width, recent = self.config.dynamic_start_size, self.config.widest_middle, self.config.recent_size
+            first, last = sinks, source.length - recent
+            if self._can_compact:
+                if last - first <= width:
+                    # The widest head may keep more than there is: unused slots stand for what it can't fill.
+                    spare = WeightedTokens.empty(source.keys, source.values, width + 1 - (last - first))
+                    source = concatenate([source.slice(0, last), spare, source.slice(last, source.length)])
+                    last += spare.length
+                middle = self._compacted_middle(source, first, last) if width else None
+                if middle is None:
+                    self._count(source.slice(first, last), None)
+                recents = source.slice(last, source.length).map(torch.clone)
+                recents.tier.fill_(RECENT)
+                if source.keys.data_ptr() != self.buffer.keys.data_ptr():
+                    self.buffer.write(0, source.slice(0, first))
+                if middle is not None:
+                    self.buffer.write(first, middle)
+                self.buffer.write(first + width, recents)
+                self.buffer.tier[:, :, :first] = SINK
+                self.length = first + width + recent
+                self.compacted = True
+            elif self.overflow is not None:
+                self.buffer.write(0, source)
+                self.length = source.length
+            self._sealed = self.overflow is not None
+            self.overflow = None
+            needed = self.config.attention_window if self.compressor.needs_queries else 0
+            if self.query_buffer is not None:
+                self._keep_queries(needed)
+
+    def _rows_aligned(self, source: WeightedTokens) -> WeightedTokens:
+        """The slots of each row reordered so that its first real tokens, the sinks, come first; padding follows them."""
+        real = source.valid[:, :1]
+        rank = real.cumsum(-1)
+        sink = real & (rank <= self.config.dynamic_start_size)
+        order = (~sink).to(torch.int8).argsort(dim=2, stable=True)
+        return source.gather(order.expand(source.beta.shape))
+
+    def _compacted_middle(self, source: WeightedTokens, first: int, last: int) -> WeightedTokens:
+        config = self.config
+        tokens = source.slice(first, last)
+        width = config.widest_middle
+        budget, least = self._budget(tokens)
+        worth = importance(tokens, config.importance_metric, config.attention_blend, self.queries_seen)
+        exact = max(config.min_importance_tokens, round(config.importance_ratio * width))
+        if tokens.length < config.min_middle_size_for_compress:
+            exact = width
+        exact = min(exact, width)
+        spread = spread_over_segments(
+            worth, tokens.valid, tokens.pos, exact, config.coverage_segments, config.coverage_priority
+        )
+        exact_budget = None
+        if budget is not None:
+            exact_budget = (budget * (exact / width)).round().long().clamp_min(min(config.min_importance_tokens, least))
+        index, picked = top_slots(spread, tokens.valid, exact, exact_budget)
+        pinned = torch.zeros_like(tokens.valid).scatter(2, index, picked)
+        # A query further back than the tokens still held one by one may be older than middle tokens it would then "see".
+        one_by_one = source.length - (first + width if self.compacted else 0)
+        queries = self._stored(0)
+        reference = Reference(
+            weight=worth.clamp_min(0),
+            mass=tokens.mass,
+            pinned=pinned,
+            queries=None if queries is None else queries.last(one_by_one),
+            context=source,
+            start=first,
+            log_mass=self.wired and self.queries_seen,
+        )
+        kept = self.compressor.compress(tokens, reference, width, budget, least)
+        self._count(tokens, kept)
+        return kept
+
+    def _budget(self, tokens: WeightedTokens) -> tuple[torch.Tensor | None, int]:
+        """Tokens each head may keep `[batch, kv_heads]` (None: all the same), and the fewest any head may."""
+        config = self.config
+        if not config.use_adaptive_budget:
+            return None, config.widest_middle
+        variance = middle_variance(tokens.keys, tokens.values, tokens.valid)
+        if self.variance_ema is None:
+            self.variance_ema = variance
+        else:
+            self.variance_ema = self.variance_ema.lerp(variance, config.adaptive_variance_smoothing)
+        least = int(config.compressed_budget * config.adaptive_budget_floor)
+        self.budgets = share_budget(self.variance_ema, config.compressed_budget, least, config.widest_middle)
+        return self.budgets, least
+
+    def _count(self, before: WeightedTokens, after: WeightedTokens | None) -> None:
+        batch, heads = before.beta.shape[:2]
+        self.compressions += batch * heads
+        left = before.valid.sum()
+        if after is not None:
+            self.kept_exact = self.kept_exact + (after.tier == EXACT).sum()
+            self.kept_compressed = self.kept_compressed + (after.tier == PRECISION).sum()
+            left = left - after.valid.sum()
+        self.dropped = self.dropped + left
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        if not self.profile or getattr(self, "_timing", False):
+            yield
+            return
+        self._timing = True
+        self._synchronize()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._synchronize()
+            self.compaction_seconds += time.perf_counter() - start
+            self._timing = False
+
+    def _synchronize(self) -> None:
+        if self.buffer is not None and self.device.type != "cpu":
+            torch.get_device_module(self.device.type).synchronize(self.device)
+
+    # -- rows and ends ---------------------------------------------------------------------------------------------------
+
+    def roll_back(self) -> bool:
+        """Take back the last `update`, as if it had never been; False where it was compacted already and can't be."""
+        self._unanswered = False
+        if self._undo is None:
+            return True
+        if self._sealed:
+            return False
+        self.overflow = None
+        self.length, self.seen, self.query_count, self.query_folded = self._undo
+        self._undo = None
+        return True
+
+    def newest_are_bad(self) -> torch.Tensor:
+        """Whether what the last `update` appended and still is in the recent window has NaN or infinity, a bool scalar."""
+        new = min(self.seen - self._undo[1], self.length) if self._undo is not None else 0
+        start = self.length - new
+        return ~(self.keys[:, :, start:].isfinite().all() & self.values[:, :, start:].isfinite().all())
+
+    def settle(self) -> None:
+        """The forward pass is over: what it appended stays."""
+        self._undo = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` tokens (a negative number, as transformers passes it).
+
+        Only tokens still held exactly can be removed: all of them before the first compaction, the recent window and what
+        came after it later. Raises `ValueError` for more, before anything has changed.
+        """
+        if tokens_to_remove > 0:
+            tokens_to_remove = -max(0, self.seen - tokens_to_remove)
+        gone = -tokens_to_remove
+        if gone == 0 or not self.is_initialized:
+            return
+        floor = self.config.dynamic_start_size + self.config.widest_middle if self.compacted else 0
+        if gone > self.length - floor:
+            raise ValueError(
+                f"crop({tokens_to_remove}) asks for more than the last {self.length - floor} tokens, "
+                "which are all that is held exactly; what was compacted can't be rolled back"
+            )
+        self.length -= gone
+        self.seen -= gone
+        self._keep_first_queries(self.query_count - gone)
+
+    def _keep_first_queries(self, keep: int) -> None:
+        self.query_count = max(0, min(keep, self.query_count))
+        self.query_folded = min(self.query_folded, self.query_count)
+
+    def reset(self) -> None:
+        """Forget everything, as a new layer."""
+        self._forget()
+
+    def _map_rows(self, function) -> None:
+        if not self.is_initialized:
+            return
+        self.buffer = self.buffer.map(function)
+        for name in ("query_buffer", "query_real", "variance_ema", "budgets"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, function(tensor))
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row `i` becomes what row `beam_idx[i]` was."""
+        self._map_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times, one after the other."""
+        self._map_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Only the rows `indices`."""
+        self._map_rows(lambda tensor: tensor[indices.to(tensor.device) if hasattr(indices, "to") else indices])
+
+    def offload(self) -> None:
+        """Not supported: the cache is bounded, and its memory fits by choosing the budgets."""
+        raise NotImplementedError("ADMSKVCache does not offload its layers; choose budgets with ADMSConfig.from_memory")
+
+    prefetch = offload
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor the layer holds."""
+        total = 0 if self.buffer is None else self.buffer.nbytes
+        return total + self.query_nbytes
+
+    @property
+    def query_nbytes(self) -> int:
+        """Bytes of the stored queries."""
+        tensors = (self.query_buffer, self.query_real)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    def held_tokens(self) -> torch.Tensor:
+        """Tokens held per row, averaged over the heads, float32 `[batch]`."""
+        if self.buffer is None:
+            return torch.zeros(1)
+        return self.held.valid.sum(-1).float().mean(-1)

@@ -1,0 +1,58 @@
+"""Counters of what the cache did, and the log lines that tell."""
+
+from __future__ import annotations
+
+import logging
+
+logger = logging.getLogger("streaming_llm")
+
+_EVERY = 512
+
+
+class StatsMixin:
+    """`cache.stats` and the log lines; the layers count on their device, and are asked only when somebody reads."""
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Totals over layers, rows and heads since the cache was made or reset.
+
+        `total_compressions` counts compactions of single (layer, row, head)s; the token counts are of tokens after (kept)
+        or taken out by (dropped: merged into others or evicted) each of them.
+        """
+        layers = self._full_layers()
+
+        def total(name: str) -> int:
+            return sum(int(getattr(layer, name)) for layer in layers)
+
+        return {
+            "total_compressions": total("compressions"),
+            "total_exact_kept": total("kept_exact"),
+            "total_compressed_kept": total("kept_compressed"),
+            "total_middle_dropped": total("dropped"),
+            "total_sketch_tokens": 0,
+            "total_replay_tokens": 0,
+            "total_sketch_promotions": 0,
+            "total_replay_triggers": 0,
+            "total_calibrations": 0,
+            "total_budget_adjustments": 0,
+        }
+
+    def _log_every_512(self, seen: int, new: int) -> None:
+        """Log a report whenever another 512 tokens have been seen."""
+        if seen // _EVERY == (seen - new) // _EVERY or not logger.isEnabledFor(logging.INFO):
+            return
+        at = seen // _EVERY * _EVERY
+        for line in self.report(at):
+            logger.info(line)
+
+    def report(self, at: int | None = None) -> list[str]:
+        """The log lines as they would be written now, `at` tokens."""
+        at = self.current_length if at is None else at
+        stats = self.stats
+        times = max(1, stats["total_compressions"])
+        size, most = self.held_tokens, self.config.expected_max_tokens
+        return [
+            f"[ADMS Stats @ {at}] Avg per head: exact={stats['total_exact_kept'] / times:.1f}, "
+            f"compressed={stats['total_compressed_kept'] / times:.1f}, dropped={stats['total_middle_dropped'] / times:.1f}",
+            f"[ADMS Cache @ {at}] Actual size: {size}, Expected max: {most}, Ratio: {size / max(1, at):.2%}",
+        ]

@@ -1,0 +1,174 @@
+"""The one thing every tier holds: weighted tokens. Attention over them is `softmax(q.k * scale + beta) v`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+UNUSED, EXACT, PRECISION, SKETCH, REPLAY, SINK, RECENT = range(7)
+TIER_NAMES = {EXACT: "exact", PRECISION: "precision", SKETCH: "sketch", REPLAY: "replay", SINK: "sink", RECENT: "recent"}
+
+
+@dataclass
+class WeightedTokens:
+    """A batch of weighted tokens, or a buffer of slots for them.
+
+    Attributes:
+        keys: `[batch, kv_heads, tokens, head_dim]`, rotated where the model has RoPE.
+        values: `[batch, kv_heads, tokens, value_dim]`.
+        beta: log-mass `[batch, kv_heads, tokens]`, float32; 0 for an untouched token, `-inf` for an unused slot.
+        pos: position each key is rotated to `[batch, kv_heads, tokens]`, float32.
+        score: remembered importance `[batch, kv_heads, tokens]`, float32.
+        mass: mean attention probability of the recent queries `[batch, kv_heads, tokens]`, float32.
+        square: mean squared attention probability, as `mass`.
+        count: how many real tokens it stands for `[batch, kv_heads, tokens]`, int32.
+        tier: which tier it belongs to (`EXACT`, `PRECISION`, ...), int8.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    beta: torch.Tensor
+    pos: torch.Tensor
+    score: torch.Tensor
+    mass: torch.Tensor
+    square: torch.Tensor
+    count: torch.Tensor
+    tier: torch.Tensor
+
+    @classmethod
+    def new(cls, keys: torch.Tensor, values: torch.Tensor, pos: torch.Tensor) -> WeightedTokens:
+        """Untouched tokens at `pos` (broadcast to `[batch, kv_heads, tokens]`)."""
+        shape = keys.shape[:-1]
+
+        def zeros(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=keys.device)
+
+        return cls(
+            keys=keys,
+            values=values,
+            beta=zeros(),
+            pos=pos.to(device=keys.device, dtype=torch.float32).expand(shape),
+            score=zeros(),
+            mass=zeros(),
+            square=zeros(),
+            count=torch.ones(shape, dtype=torch.int32, device=keys.device),
+            tier=torch.full(shape, RECENT, dtype=torch.int8, device=keys.device),
+        )
+
+    @classmethod
+    def empty(cls, keys: torch.Tensor, values: torch.Tensor, slots: int) -> WeightedTokens:
+        """`slots` unused slots shaped, typed and placed like `keys` and `values`."""
+        batch, heads = keys.shape[:2]
+
+        def full(value: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.full((batch, heads, slots), value, dtype=dtype, device=keys.device)
+
+        return cls(
+            keys=keys.new_zeros(batch, heads, slots, keys.shape[-1]),
+            values=values.new_zeros(batch, heads, slots, values.shape[-1]),
+            beta=full(-torch.inf),
+            pos=full(0),
+            score=full(0),
+            mass=full(0),
+            square=full(0),
+            count=full(0, torch.int32),
+            tier=full(UNUSED, torch.int8),
+        )
+
+    @staticmethod
+    def field_names() -> tuple[str, ...]:
+        """Names of the tensors, keys and values first."""
+        return tuple(item.name for item in dataclasses.fields(WeightedTokens))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors by name."""
+        return {name: getattr(self, name) for name in self.field_names()}
+
+    def map(self, function) -> WeightedTokens:
+        """Each tensor replaced by `function(tensor)`."""
+        return WeightedTokens(**{name: function(tensor) for name, tensor in self.tensors().items()})
+
+    @property
+    def length(self) -> int:
+        """Slots, used or not."""
+        return self.beta.shape[-1]
+
+    @property
+    def valid(self) -> torch.Tensor:
+        """Which slots hold a token, bool `[batch, kv_heads, tokens]`."""
+        return self.beta > -torch.inf
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+    def slice(self, start: int, stop: int) -> WeightedTokens:
+        """The slots from `start` to `stop`, as views."""
+        return self.map(lambda tensor: tensor[:, :, start:stop])
+
+    def gather(self, index: torch.Tensor) -> WeightedTokens:
+        """The slots `index [batch, kv_heads, picked]` of each head, copied."""
+        return self.map(lambda tensor: gather_tokens(tensor, index))
+
+    def write(self, start: int, tokens: WeightedTokens) -> None:
+        """Overwrite the slots from `start` on with `tokens`, in place."""
+        stop = start + tokens.length
+        for name, tensor in self.tensors().items():
+            tensor[:, :, start:stop] = getattr(tokens, name)
+
+    def clear(self, start: int, stop: int) -> None:
+        """Mark the slots from `start` to `stop` as unused, in place."""
+        self.beta[:, :, start:stop] = -torch.inf
+        for name in ("score", "mass", "square", "count", "tier"):
+            getattr(self, name)[:, :, start:stop] = 0
+
+    def where_valid(self, keep: torch.Tensor) -> WeightedTokens:
+        """These tokens with the slots where `keep [batch, kv_heads, tokens]` is False marked unused."""
+        return dataclasses.replace(
+            self,
+            beta=self.beta.masked_fill(~keep, -torch.inf),
+            score=self.score.masked_fill(~keep, 0),
+            mass=self.mass.masked_fill(~keep, 0),
+            square=self.square.masked_fill(~keep, 0),
+            count=self.count.masked_fill(~keep, 0),
+            tier=self.tier.masked_fill(~keep, UNUSED),
+        )
+
+
+def gather_tokens(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`tensor [batch, kv_heads, tokens(, dim)]` at `index [batch, kv_heads, picked]` of each head."""
+    if tensor.dim() == 4:
+        index = index[..., None].expand(*index.shape, tensor.shape[-1])
+    return torch.gather(tensor, 2, index)
+
+
+def concatenate(parts: list[WeightedTokens]) -> WeightedTokens:
+    """The parts' slots one after the other."""
+    names = WeightedTokens.field_names()
+    return WeightedTokens(**{name: torch.cat([getattr(part, name) for part in parts], dim=2) for name in names})
+
+
+def top_slots(
+    priority: torch.Tensor, valid: torch.Tensor, width: int, budget: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `width` slots of each head with the highest priority.
+
+    Args:
+        priority: `[batch, kv_heads, tokens]`, float.
+        valid: which slots may be picked, bool, as `priority`.
+        width: slots to pick; at most `tokens`.
+        budget: per-head limit `[batch, kv_heads]` (at most `width`), None for `width` everywhere.
+
+    Returns:
+        `(index, picked)`, both `[batch, kv_heads, width]`: the slots by falling priority, and whether each is really picked
+        (False beyond a head's budget or its valid slots).
+    """
+    ranked = torch.where(valid, torch.nan_to_num(priority, nan=0.0, posinf=3e38, neginf=-3e38), -torch.inf)
+    best, index = ranked.topk(width, dim=2)
+    picked = best > -torch.inf
+    if budget is not None:
+        picked &= torch.arange(width, device=priority.device) < budget[..., None]
+    return index, picked

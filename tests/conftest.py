@@ -1,0 +1,71 @@
+"""Models the tests share: real SmolLM2 weights, and a tiny random Llama for everything that needs no real ones."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def smol():
+    """`(model, tokenizer)` of SmolLM2-135M-Instruct in float32 on the CPU; fetched once into the user's cache."""
+    from streaming_llm.evaluation import EvaluationError, load_model
+
+    try:
+        return load_model(device="cpu")
+    except EvaluationError as error:
+        # A machine without a registry can still run the rest; a CI run that skips these would prove nothing.
+        if os.environ.get("CI", "").lower() in ("1", "true"):
+            pytest.fail(f"the real weights are needed in CI: {error}")
+        pytest.skip(f"the real weights can't be had here: {error}")
+
+
+def make_tiny_llama(vocab_size: int = 128):
+    """A Llama of 2 layers, 4 query and 2 KV heads of 16 dimensions with seeded random weights, in eval mode."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=4096,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        # Large enough for attention to be far from uniform: a cache that loses the wrong token then shows.
+        initializer_range=0.3,
+    )
+    state = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    torch.random.set_rng_state(state)
+    return model
+
+
+@pytest.fixture
+def tiny_llama():
+    """A new tiny random Llama (see `make_tiny_llama`) with 128 tokens."""
+    return make_tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory):
+    """A folder with a tiny random Llama and a byte-level tokenizer, as `--model_name_or_path` takes it."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny_model")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(BPE(vocab={byte: index for index, byte in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folder)
+    make_tiny_llama(vocab_size=256).save_pretrained(folder)
+    return folder

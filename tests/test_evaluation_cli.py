@@ -1,0 +1,232 @@
+"""The command line of the evaluation scripts, end to end on a tiny model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from streaming_llm import ADMSConfig
+from streaming_llm.evaluation import METHODS, cli, streaming
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+DOCUMENTED = """model_name_or_path dataset_name task split text_field num_samples num_eval_tokens concat_stream
+    concat_limit min_seq_len sep output_dir log_every disable_dual_fidelity disable_residual_replay
+    disable_position_calibration disable_adaptive_controller methods chunk_size score_from dtype device seed
+    config""".split()
+
+
+@pytest.fixture
+def parser():
+    return cli.build_parser("script.py", "A description.", ("full", "adms"), "results")
+
+
+def settings(parser, *argv):
+    return cli.cache_settings(cli.parse_arguments(parser, argv))
+
+
+@pytest.fixture
+def run(tiny_model_folder, tmp_path):
+    """Run a script on the tiny model; gives its exit code and its output directory."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("rich")
+
+    def start(*argv, methods=("full", "streaming", "adms"), **options):
+        base = ["--model_name_or_path", str(tiny_model_folder), "--device", "cpu", "--num_eval_tokens", "300"]
+        base += ["--recent_size", "24", "--compressed_budget", "24", "--rank", "4", "--compression_interval", "16"]
+        base += ["--decode_tokens", "0", "--output_dir", str(tmp_path / "out")]
+        names = dict(prog="script.py", description="", methods=methods, output_dir="results")
+        return cli.main([*base, *argv], **names, **options), tmp_path / "out"
+
+    return start
+
+
+def test_every_setting_and_every_documented_flag_is_there(parser):
+    flags = parser.flags()
+    assert [field.name for field in dataclasses.fields(ADMSConfig) if field.name not in flags] == []
+    assert [name for name in DOCUMENTED if name not in flags] == []
+    assert [name for name, action in flags.items() if not action.help] == []
+    assert "compressed_budget" in parser.format_help()
+
+
+def test_settings_not_given_are_left_to_the_library(parser):
+    assert settings(parser) == {}
+    assert settings(parser, "--rank", "8", "--importance_ratio", "0.25") == {"rank": 8, "importance_ratio": 0.25}
+    assert settings(parser, "--no-enable_pos_shift") == {"enable_pos_shift": False}
+
+
+def test_every_setting_is_parsed_to_the_type_of_its_default(parser):
+    for field in dataclasses.fields(ADMSConfig):
+        if isinstance(field.default, bool):
+            argv = [f"--{field.name}"]
+        elif field.default is None:
+            continue
+        else:
+            argv = [f"--{field.name}={field.default}"]
+        value = settings(parser, *argv)[field.name]
+        assert type(value) is type(field.default), field.name
+        if not isinstance(field.default, bool):
+            assert value == field.default
+
+
+def test_features_are_turned_off_by_their_disable_flags(parser):
+    for name in ("dual_fidelity", "residual_replay", "position_calibration", "adaptive_controller"):
+        assert settings(parser, f"--disable_{name}") == {f"enable_{name}": False}
+        assert settings(parser, f"--disable_{name}", f"--enable_{name}") == {f"enable_{name}": True}
+
+
+def test_a_file_gives_flags_and_settings_and_the_command_line_wins(parser, tmp_path):
+    path = tmp_path / "run.json"
+    content = {"rank": 8, "seed": 3, "methods": ["adms", "tova"], "enable_pos_shift": False, "task": None}
+    content |= {"disable_dual_fidelity": True, "concat_stream": False, "attention_blend": 0.5}
+    path.write_text(json.dumps(content))
+    arguments = cli.parse_arguments(parser, ["--config", str(path), "--rank", "4", "--dtype", "bfloat16"])
+    expected = {"rank": 4, "seed": 3, "enable_pos_shift": False, "enable_dual_fidelity": False, "attention_blend": 0.5}
+    assert cli.cache_settings(arguments) == expected
+    assert (arguments.seed, arguments.methods, arguments.concat_stream) == (3, ["adms", "tova"], False)
+    assert (arguments.dtype, arguments.task) == ("bfloat16", None)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"rnak": 8, "seed": 1}, "unknown names: rnak"),
+        ({"config": "other.json"}, "unknown names: config"),
+        ([1], "must hold one JSON object"),
+        ("{", "no valid JSON"),
+        ({"rank": True}, "rank can't be true"),
+        ({"rank": 8.5}, "--rank: invalid int value: '8.5'"),
+        ({"enable_pos_shift": "yes"}, "enable_pos_shift must be true or false"),
+        ({"seed": [1]}, r"seed can't be \[1\]"),
+    ],
+)
+def test_a_wrong_file_is_refused_in_one_line(parser, tmp_path, capsys, content, message):
+    path = tmp_path / "run.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(SystemExit) as caught:
+        cli.parse_arguments(parser, [f"--config={path}"])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(message, error)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--methods", "full", "lru"], "method 'lru' is not known"),
+        (["--recent_size", "0"], "recent_size"),
+        (["--chunk_size", "0"], "chunk_size=0"),
+        (["--score_from", "300"], "score_from=300"),
+        (["--dtype", "int8"], "dtype='int8'"),
+        (["--device", "nonsense"], "device='nonsense'"),
+        (["--concat_limit", "9", "--no-concat_stream"], "concat_limit"),
+        (["--log_every", "-1"], "log_every=-1"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_code_2_before_anything_is_loaded(run, capsys, monkeypatch, argv, message):
+    from streaming_llm.evaluation import models
+
+    monkeypatch.setattr(models, "_load_folder", lambda *_: pytest.fail("the model was loaded"))
+    code, out = run(*argv)
+    error = capsys.readouterr().err
+    assert code == 2
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_an_unknown_flag_is_one_line_and_code_2(run, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run("--rnak", "8")
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "--rnak" in error
+
+
+def test_a_run_prints_the_table_and_writes_both_files_and_repeats_to_the_digit(run, capsys):
+    code, out = run("--log_every", "128", "--seed", "5")
+    printed = capsys.readouterr().out
+    assert code == 0
+    assert sorted(os.listdir(out)) == ["perplexity.png", "results.json"]
+    assert "every method but full keeps 52 tokens a head" in " ".join(printed.split())
+    assert "128 tokens: perplexity" in printed
+    first = json.loads((out / "results.json").read_text())
+    found = first["results"]
+    assert list(found) == ["full", "streaming", "adms"]
+    assert found["full"]["kl"] == 0
+    assert found["adms"]["kl"] > 0
+    assert found["adms"]["held_tokens"] <= 52 + 16 < found["full"]["held_tokens"] == 300
+    assert first["settings"]["score_from"] == 100
+    assert first["settings"]["methods"]["adms"]["rank"] == 4
+
+    code, out = run("--log_every", "128", "--seed", "5")
+    second = json.loads((out / "results.json").read_text())
+    assert code == 0
+    assert first.pop("timing").keys() == second.pop("timing").keys()
+    assert first == second
+
+
+def test_every_method_runs_and_is_printed_in_markdown(run, capsys):
+    code, out = run("--methods", ",".join(METHODS), "--decode_tokens", "16", markdown=True)
+    assert code == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row.split("|")[1].strip() for row in rows[2:]] == list(METHODS)
+    timing = json.loads((out / "results.json").read_text())["timing"]
+    assert timing["adms"]["decode_compaction_share"] > 0
+    assert timing["adms"]["compaction_share"] > 0
+
+
+def test_samples_can_be_streams_of_their_own(run, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("A short text of its own. " * 20)
+    code, out = run("--dataset_name", str(path), "--concat_limit", "100", "--chunk_size", "32", "--methods", "full")
+    assert code == 0
+    document = json.loads((out / "results.json").read_text())
+    assert document["settings"]["text"] == {"name": "text.txt", "tokens": 300, "streams": 3}
+    assert document["results"]["full"]["held_tokens"] == 100
+
+
+def test_an_interrupted_run_leaves_nothing_and_says_so_in_one_line(run, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(streaming, "evaluate_streams", interrupt)
+    code, out = run()
+    assert code == 130
+    assert os.listdir(out) == []
+    assert capsys.readouterr().err.strip() == "script.py: interrupted"
+
+
+def test_an_interrupt_while_the_picture_is_drawn_leaves_nothing(run, monkeypatch):
+    import matplotlib.figure
+
+    def half(self, path, **_):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", half)
+    code, out = run()
+    assert code == 130
+    assert os.listdir(out) == []
+
+
+def test_what_is_missing_is_one_line_and_code_1(run, capsys):
+    code, _ = run("--dataset_name", "missing.txt")
+    assert code == 1
+    assert "there is no text file missing.txt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["eval_adms_vs_streaming.py", "compare_methods.py"])
+def test_the_example_scripts_start(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert caught.value.code == 0
+    assert "--compressed_budget" in capsys.readouterr().out
