@@ -18,14 +18,15 @@ def share_budget(weight: torch.Tensor, base: int, low: int, high: int) -> torch.
     heads = weight.shape[-1]
     total = base * heads
     weight = torch.nan_to_num(weight.double(), nan=0.0, posinf=1e12).clamp_min(0) + 1e-12
-    # The scale that makes the clamped shares sum to the total, by bisection: the sum only grows with the scale.
-    lower = torch.zeros_like(weight[..., :1])
-    upper = high / weight.amin(-1, keepdim=True)
-    for _ in range(32):
+    # The scale that makes the clamped shares sum to the total, by bisection: the sum only grows with the scale. At the lower
+    # bound no head gets more than the base, at the upper none gets less. In logarithms, for weights may differ by any factor.
+    lower = (max(base, 1e-9) / weight.amax(-1, keepdim=True)).log()
+    upper = (max(base, 1e-9) / weight.amin(-1, keepdim=True)).log()
+    for _ in range(40):
         scale = (lower + upper) / 2
-        enough = (weight * scale).clamp(low, high).sum(-1, keepdim=True) >= total
+        enough = (weight * scale.exp()).clamp(low, high).sum(-1, keepdim=True) >= total
         upper, lower = torch.where(enough, scale, upper), torch.where(enough, lower, scale)
-    share = (weight * upper).clamp(low, high)
+    share = (weight * upper.exp()).clamp(low, high)
     whole = share.floor()
     missing = total - whole.sum(-1, keepdim=True)
     # Largest remainders get the missing tokens, never beyond the limit.

@@ -9,6 +9,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from .config import FEATURES, ADMSConfig, layer_windows
+from .group import group_layers
 from .layer import ADMSLayer, Arrival, NonFiniteError
 from .stats import StatsMixin
 
@@ -26,12 +27,19 @@ class ADMSKVCache(StatsMixin, Cache):
         model_config: the model's config, for its number of layers and which of them have a sliding window (those keep
             transformers' own layer). None: layers appear as they are used.
         wired: True when the model's attention shows its queries (set by `enable_adms_llm`).
+        layers_at_once: layers whose buffers are one and which are compacted in one call; they must be on one device.
 
     Attributes:
         profile: set to True to have `compaction_seconds` count the time compaction takes (waits for the device).
     """
 
-    def __init__(self, config: ADMSConfig | None = None, model_config: Any = None, wired: bool = False):
+    def __init__(
+        self,
+        config: ADMSConfig | None = None,
+        model_config: Any = None,
+        wired: bool = False,
+        layers_at_once: int = 1,
+    ):
         config = ADMSConfig() if config is None else config
         if not isinstance(config, ADMSConfig):
             raise TypeError(f"config={config!r} must be an ADMSConfig")
@@ -47,6 +55,8 @@ class ADMSKVCache(StatsMixin, Cache):
         super().__init__(layers=layers)
         self.config = config
         self.wired = wired
+        self.layers_at_once = layers_at_once
+        group_layers(self._full_layers(), layers_at_once)
         self.broken: str | None = None
         self._arrival: Arrival | None = None
         self._length_override: int | None = None
@@ -105,6 +115,7 @@ class ADMSKVCache(StatsMixin, Cache):
     def reset(self) -> None:
         """Forget everything: the cache is as new, its settings stay."""
         super().reset()
+        group_layers(self._full_layers(), self.layers_at_once)
         self.broken = None
         self._arrival = None
         self._length_override = None
@@ -131,7 +142,9 @@ class ADMSKVCache(StatsMixin, Cache):
         self._arrival = None
         layers = self._full_layers()
         if layers and layers[0].is_initialized and layers[0].device.type != "cpu":
-            bad = [layer.newest_are_bad() for layer in layers if layer.is_initialized]
+            groups = {id(layer.group): layer.group for layer in layers if layer.group is not None}
+            bad = [flag for group in groups.values() for flag in group.newest_are_bad()]
+            bad += [layer.newest_are_bad() for layer in layers if layer.group is None and layer.is_initialized]
             if bool(torch.stack([flag.to(bad[0].device) for flag in bad]).any()):
                 self.abort_forward()
                 raise NonFiniteError("key_states or value_states hold NaN or infinity; the cache takes finite numbers only")

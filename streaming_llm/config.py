@@ -235,11 +235,18 @@ class ADMSConfig:
         """
         if isinstance(bytes, bool) or not isinstance(bytes, int) or bytes <= 0:
             raise ValueError(f"bytes={bytes!r} must be a positive whole number of bytes")
+        cls.check_names(settings)
+        for item in dataclasses.fields(cls):
+            if item.name in settings:
+                cls._checked(item, settings[item.name])
 
         def sized(tokens: int) -> ADMSConfig:
             chosen = dict(settings)
-            recent = chosen.setdefault("recent_size", max(1, tokens - chosen.get("compressed_budget", tokens // 2)))
-            middle = chosen.setdefault("compressed_budget", max(0, tokens - recent))
+            # A budget below what the settings ask to keep by importance would be refused.
+            least = chosen.get("min_importance_tokens", 0)
+            split = chosen.get("compressed_budget", max(tokens // 2, least))
+            recent = chosen.setdefault("recent_size", max(1, tokens - split))
+            middle = chosen.setdefault("compressed_budget", max(0, tokens - recent, least))
             chosen.setdefault("min_importance_tokens", min(4, middle))
             return cls(**chosen)
 

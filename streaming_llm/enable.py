@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from .attention import BASES, PREFIX, register
 from .cache import ADMSKVCache
 from .config import ADMSConfig
+from .group import CPU_LAYERS
 
 # Model types whose attention was tested with the cache (tests/test_families.py holds the list to its word).
 SUPPORTED_MODEL_TYPES = (
@@ -50,7 +51,7 @@ def enable_adms_llm(model: PreTrainedModel, config: ADMSConfig | None = None, **
     if config is None:
         config = ADMSConfig.from_dict(settings)
     base = _check_model(model)
-    cache = ADMSKVCache(config, model_config=model.config, wired=True)
+    cache = ADMSKVCache(config, model_config=model.config, wired=True, layers_at_once=_layers_at_once(model))
     _wire(model, base)
     return cache
 
@@ -106,6 +107,13 @@ def _check_model(model: PreTrainedModel) -> str:
             f"attn_implementation='sdpa' or call model.set_attn_implementation('sdpa') (supported: {', '.join(BASES)})"
         )
     return base
+
+
+def _layers_at_once(model: PreTrainedModel) -> int:
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 or getattr(model, "hf_device_map", None):
+        return 1
+    return CPU_LAYERS if model.device.type == "cpu" else model.config.get_text_config().num_hidden_layers
 
 
 def _wire(model: PreTrainedModel, base: str) -> None:

@@ -51,6 +51,14 @@ class Queries:
         """Every `step`-th query, the newest among them."""
         return self if step == 1 else self._part(slice((self.window - 1) % step, None, step), step)
 
+    def energy(self) -> torch.Tensor:
+        """Mean square logit per unit of squared key length and dimension, float32 `[batch, kv_heads]`."""
+        squares = self.states.float().square().mean((2, 4))
+        if self.valid is None:
+            return squares.mean(-1) * self.scale**2
+        share = self.valid[:, None].float()
+        return (squares * share).sum(-1) / share.sum(-1).clamp_min(1) * self.scale**2
+
     def logits(self, keys: torch.Tensor) -> torch.Tensor:
         """`softcap(q.k * scale)`, float32 `[batch, kv_heads, groups, window, tokens]`; no log-mass, no causality."""
         batch, heads, groups, window, dim = self.states.shape

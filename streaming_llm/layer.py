@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -17,8 +18,13 @@ from .config import ADMSConfig
 from .importance import Queries, attention_statistics, importance, spread_over_segments
 from .tokens import EXACT, PRECISION, RECENT, SINK, WeightedTokens, concatenate, top_slots
 
-# Every fourth query tells nearly what all of them do, at a quarter of the cost (ADM_PLUS_PLUS_IMPLEMENTATION.md).
-_QUERY_STEP = 4
+# Of a prefill's queries before its last window, every fourth is scored: nearly as telling, at a quarter of the cost.
+_PREFILL_STEP = 4
+# Every second query of those since the last compaction is scored: measured to be as good as all.
+_STREAM_STEP = 2
+
+if TYPE_CHECKING:
+    from .group import LayerGroup
 
 
 class NonFiniteError(ValueError):
@@ -59,6 +65,7 @@ class ADMSLayer(CacheLayerMixin):
         self._forget()
 
     def _forget(self) -> None:
+        self.group: LayerGroup | None = None
         self.buffer: WeightedTokens | None = None
         self.overflow: WeightedTokens | None = None
         self.length = 0
@@ -79,6 +86,7 @@ class ADMSLayer(CacheLayerMixin):
         self.kept_exact: torch.Tensor | int = 0
         self.kept_compressed: torch.Tensor | int = 0
         self.dropped: torch.Tensor | int = 0
+        self._bias: torch.Tensor | None = None
         self._unanswered = False
         self._undo: tuple[int, int, int, int] | None = None
         self._sealed = False
@@ -130,7 +138,11 @@ class ADMSLayer(CacheLayerMixin):
         """Allocate the buffer for states of this shape, dtype and device."""
         self.config.check_head_dim(key_states.shape[-1])
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.buffer = WeightedTokens.empty(key_states, value_states, self.config.buffer_tokens)
+        if self.group is not None:
+            self.buffer = self.group.allocate(self, key_states, value_states)
+        else:
+            self.buffer = WeightedTokens.empty(key_states, value_states, self.config.buffer_tokens)
+        self.buffer.refresh(0, self.config.buffer_tokens)
         self.is_initialized = True
 
     def get_seq_length(self) -> int:
@@ -178,15 +190,35 @@ class ADMSLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[2]
         if self.length + new > self.capacity and self._can_compact:
-            self.compact()
-        tokens = self._arriving(key_states, value_states, arrival or Arrival())
+            if self.group is not None and self.group.ready:
+                self.group.compact()
+            else:
+                self.compact()
+        arrival = arrival or Arrival()
         self._undo = (self.length, self.seen, self.query_count, self.query_folded)
         self._sealed = False
-        start, self.length, self.seen = self.length, self.length + new, self.seen + new
+        start, seen, self.length, self.seen = self.length, self.seen, self.length + new, self.seen + new
+        positions = arrival.positions
+        if positions is None:
+            positions = torch.arange(seen, self.seen, device=key_states.device)[None]
+        positions = positions[:, None, :]
+        real = None
+        if arrival.real is not None:
+            self.padded = True
+            real = arrival.real[:, None, :].to(key_states.device)
         if self.length <= self.capacity:
-            self.buffer.write(start, tokens)
+            # The bookkeeping of slots not yet used is that of untouched tokens: only what differs is written.
+            self.buffer.keys[:, :, start : self.length] = key_states
+            self.buffer.values[:, :, start : self.length] = value_states
+            self.buffer.pos[:, :, start : self.length] = positions
+            if real is not None:
+                self.buffer.hide(start, ~real)
+                self._bias = None
             keys, values = self.keys, self.values
         else:
+            tokens = WeightedTokens.new(key_states, value_states, positions)
+            if real is not None:
+                tokens = tokens.where_valid(real.expand(tokens.beta.shape))
             self.overflow = concatenate([self.buffer.slice(0, start), tokens])
             keys, values = self.overflow.keys, self.overflow.values
             if not self.wired:
@@ -219,17 +251,6 @@ class ADMSLayer(CacheLayerMixin):
                 if not bool(torch.isfinite(states).all()):
                     raise NonFiniteError(f"{name} hold NaN or infinity; the cache takes finite numbers only")
 
-    def _arriving(self, key_states: torch.Tensor, value_states: torch.Tensor, arrival: Arrival) -> WeightedTokens:
-        new = key_states.shape[2]
-        positions = arrival.positions
-        if positions is None:
-            positions = torch.arange(self.seen, self.seen + new, device=key_states.device)[None]
-        tokens = WeightedTokens.new(key_states, value_states, positions[:, None, :])
-        if arrival.real is not None:
-            self.padded = True
-            tokens = tokens.where_valid(arrival.real[:, None, :].to(key_states.device).expand(tokens.beta.shape))
-        return tokens
-
     # -- what the attention function asks ------------------------------------------------------------------------------
 
     @property
@@ -243,15 +264,26 @@ class ADMSLayer(CacheLayerMixin):
         Returns:
             `[batch, kv_heads * groups, new, tokens]` in `dtype`; the smallest number where nothing is to be seen.
         """
-        held = self.overflow if self.overflow is not None else self.held
         lowest = torch.finfo(dtype).min
-        beta = held.beta.clamp_min(lowest).to(dtype)
-        batch, heads, tokens = beta.shape
-        bias = beta[:, :, None, None].expand(batch, heads, groups, new, tokens)
-        if new > 1:
-            hidden = torch.ones(new, new, dtype=torch.bool, device=beta.device).triu(1)
-            bias = torch.cat([bias[..., : tokens - new], bias[..., tokens - new :].masked_fill(hidden, lowest)], dim=-1)
-        return bias.reshape(batch, heads * groups, new, tokens)
+
+        def row(beta: torch.Tensor) -> torch.Tensor:
+            batch, heads, tokens = beta.shape
+            beta = beta.clamp_min(lowest).to(dtype)[:, :, None, None]
+            return beta.expand(batch, heads, groups, 1, tokens).reshape(batch, heads * groups, 1, tokens)
+
+        if self.overflow is not None:
+            bias = row(self.overflow.beta)
+        else:
+            # Between two compactions log-masses stay, so the row is made once, as long as the buffer.
+            if self._bias is None or self._bias.dtype != dtype:
+                self._bias = row(self.buffer.beta)
+            bias = self._bias[..., : self.length]
+        if new == 1:
+            return bias
+        tokens = bias.shape[-1]
+        bias = bias.expand(-1, -1, new, -1)
+        hidden = torch.ones(new, new, dtype=torch.bool, device=bias.device).triu(1)
+        return torch.cat([bias[..., : tokens - new], bias[..., tokens - new :].masked_fill(hidden, lowest)], dim=-1)
 
     def observe(self, query: torch.Tensor, scale: float, softcap: float | None = None) -> None:
         """Take note of the queries that attended to what `update` returned, then compact if that was too much.
@@ -276,16 +308,13 @@ class ADMSLayer(CacheLayerMixin):
                 self._store_queries(states, real)
 
     def _store_queries(self, states: torch.Tensor, real: torch.Tensor | None) -> None:
-        batch, heads, groups, new, dim = states.shape
+        new = states.shape[3]
         slots = self.config.query_slots
-        if self.query_buffer is None:
-            self.query_buffer = states.new_zeros(batch, heads, groups, slots, dim)
-        if self.padded and self.query_real is None:
-            self.query_real = torch.ones(batch, slots, dtype=torch.bool, device=states.device)
+        self._allocate_queries(states)
         if self.query_count + new > slots:
             self._fold_stored(self.length - new)
             if new >= slots:
-                self._fold(Queries(states, self.query_scale, real, self.query_softcap), self.held)
+                self._fold(Queries(states, self.query_scale, real, self.query_softcap), self.held, _STREAM_STEP)
                 states = states[:, :, :, -slots:]
                 real = None if real is None else real[:, -slots:]
                 self._keep_queries(0)
@@ -294,6 +323,21 @@ class ADMSLayer(CacheLayerMixin):
                 return
             self._keep_queries(slots - max(new, self.config.compression_interval))
         self._append_queries(states, real)
+
+    def _allocate_queries(self, states: torch.Tensor) -> None:
+        slots = self.config.query_slots
+        if self.query_buffer is None:
+            shape = (*states.shape[:3], slots, states.shape[-1])
+            if self.group is not None:
+                self.query_buffer = self.group.query_buffer(self, shape, states)
+            else:
+                self.query_buffer = states.new_zeros(shape)
+        if self.padded and self.query_real is None:
+            marks = (states.shape[0], slots)
+            if self.group is not None:
+                self.query_real = self.group.query_real(self, marks, states.device)
+            else:
+                self.query_real = torch.ones(marks, dtype=torch.bool, device=states.device)
 
     def _append_queries(self, states: torch.Tensor, real: torch.Tensor | None) -> None:
         start, self.query_count = self.query_count, self.query_count + states.shape[3]
@@ -318,16 +362,16 @@ class ADMSLayer(CacheLayerMixin):
         states = self.query_buffer[:, :, :, start : self.query_count]
         return Queries(states, self.query_scale, real, self.query_softcap)
 
-    def _fold(self, queries: Queries, held: WeightedTokens) -> None:
+    def _fold(self, queries: Queries, held: WeightedTokens, step: int = 1) -> None:
         if held.length:
-            mass, square = attention_statistics(queries.every(_QUERY_STEP), held.keys, held.beta)
+            mass, square = attention_statistics(queries.every(step), held.keys, held.beta)
             self.compressor.remember(held, mass, square, queries.window)
 
     def _fold_stored(self, length: int) -> None:
         """Fold the queries not folded yet; the newest of them belongs to the token in slot `length - 1`."""
         queries = self._stored(self.query_folded)
         if queries is not None:
-            self._fold(queries, self.buffer.slice(0, length))
+            self._fold(queries, self.buffer.slice(0, length), _STREAM_STEP)
         self.query_folded = self.query_count
 
     def _observe_prefill(self, states: torch.Tensor, real: torch.Tensor | None, held: WeightedTokens) -> None:
@@ -341,14 +385,10 @@ class ADMSLayer(CacheLayerMixin):
             stop = min(new, start + window)
             valid = None if real is None else real[:, start:stop]
             part = Queries(states[:, :, :, start:stop], self.query_scale, valid, self.query_softcap)
-            self._fold(part, held.slice(0, before + stop))
+            self._fold(part, held.slice(0, before + stop), _STREAM_STEP if stop == new else _PREFILL_STEP)
         self._keep_queries(0)
         if self.config.middle_allocation:
-            if self.query_buffer is None:
-                self.query_buffer = states.new_zeros(*states.shape[:3], self.config.query_slots, states.shape[-1])
-            if self.padded and self.query_real is None:
-                shape = (states.shape[0], self.config.query_slots)
-                self.query_real = torch.ones(shape, dtype=torch.bool, device=states.device)
+            self._allocate_queries(states)
             last = min(new, self.config.query_slots)
             self._append_queries(states[:, :, :, -last:], None if real is None else real[:, -last:])
             self.query_folded = self.query_count
@@ -385,12 +425,14 @@ class ADMSLayer(CacheLayerMixin):
                 self.buffer.write(first + width, recents)
                 self.buffer.tier[:, :, :first] = SINK
                 self.length = first + width + recent
+                self.buffer.refresh(self.length, self.config.buffer_tokens)
                 self.compacted = True
             elif self.overflow is not None:
                 self.buffer.write(0, source)
                 self.length = source.length
             self._sealed = self.overflow is not None
             self.overflow = None
+            self._bias = None
             needed = self.config.attention_window if self.compressor.needs_queries else 0
             if self.query_buffer is not None:
                 self._keep_queries(needed)
@@ -490,9 +532,16 @@ class ADMSLayer(CacheLayerMixin):
         if self._sealed:
             return False
         self.overflow = None
+        end = self.length
         self.length, self.seen, self.query_count, self.query_folded = self._undo
+        self._reuse(self.length, end)
         self._undo = None
         return True
+
+    def _reuse(self, start: int, stop: int) -> None:
+        """The slots from `start` to `stop` are free again."""
+        self.buffer.refresh(start, min(stop, self.config.buffer_tokens))
+        self._bias = None
 
     def newest_are_bad(self) -> torch.Tensor:
         """Whether what the last `update` appended and still is in the recent window has NaN or infinity, a bool scalar."""
@@ -523,6 +572,7 @@ class ADMSLayer(CacheLayerMixin):
             )
         self.length -= gone
         self.seen -= gone
+        self._reuse(self.length, self.length + gone)
         self._keep_first_queries(self.query_count - gone)
 
     def _keep_first_queries(self, keep: int) -> None:
@@ -536,6 +586,8 @@ class ADMSLayer(CacheLayerMixin):
     def _map_rows(self, function) -> None:
         if not self.is_initialized:
             return
+        self.group = None
+        self._bias = None
         self.buffer = self.buffer.map(function)
         for name in ("query_buffer", "query_real", "variance_ema", "budgets"):
             tensor = getattr(self, name)

@@ -58,9 +58,9 @@ class WeightedTokens:
         )
 
     @classmethod
-    def empty(cls, keys: torch.Tensor, values: torch.Tensor, slots: int) -> WeightedTokens:
-        """`slots` unused slots shaped, typed and placed like `keys` and `values`."""
-        batch, heads = keys.shape[:2]
+    def empty(cls, keys: torch.Tensor, values: torch.Tensor, slots: int, copies: int = 1) -> WeightedTokens:
+        """`slots` unused slots shaped, typed and placed like `keys` and `values`, for `copies` times as many rows."""
+        batch, heads = keys.shape[0] * copies, keys.shape[1]
 
         def full(value: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.full((batch, heads, slots), value, dtype=dtype, device=keys.device)
@@ -119,11 +119,19 @@ class WeightedTokens:
         for name, tensor in self.tensors().items():
             tensor[:, :, start:stop] = getattr(tokens, name)
 
-    def clear(self, start: int, stop: int) -> None:
-        """Mark the slots from `start` to `stop` as unused, in place."""
-        self.beta[:, :, start:stop] = -torch.inf
-        for name in ("score", "mass", "square", "count", "tier"):
+    def refresh(self, start: int, stop: int) -> None:
+        """Give the slots from `start` to `stop` the bookkeeping of untouched tokens, in place."""
+        for name in ("beta", "score", "mass", "square"):
             getattr(self, name)[:, :, start:stop] = 0
+        self.count[:, :, start:stop] = 1
+        self.tier[:, :, start:stop] = RECENT
+
+    def hide(self, start: int, hidden: torch.Tensor) -> None:
+        """Mark slots from `start` on as unused, in place, where `hidden [batch, 1, tokens]` is True."""
+        stop = start + hidden.shape[-1]
+        self.beta[:, :, start:stop].masked_fill_(hidden, -torch.inf)
+        for name in ("count", "tier"):
+            getattr(self, name)[:, :, start:stop].masked_fill_(hidden, 0)
 
     def where_valid(self, keep: torch.Tensor) -> WeightedTokens:
         """These tokens with the slots where `keep [batch, kv_heads, tokens]` is False marked unused."""

@@ -69,3 +69,31 @@ def tiny_model_folder(tmp_path_factory):
     PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folder)
     make_tiny_llama(vocab_size=256).save_pretrained(folder)
     return folder
+
+
+def token_ids(tokens: int, batch: int = 1, seed: int = 0, vocab_size: int = 128) -> torch.Tensor:
+    """Seeded random token ids `[batch, tokens]`, none of them special."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, vocab_size, (batch, tokens), generator=generator)
+
+
+@torch.no_grad()
+def stream(model, ids: torch.Tensor, cache, chunk: int, **inputs) -> torch.Tensor:
+    """Logits `[batch, tokens, vocab]` of `ids` given to the model in chunks of `chunk` tokens with `cache`."""
+    parts = []
+    for start in range(0, ids.shape[1], chunk):
+        parts.append(model(input_ids=ids[:, start : start + chunk], past_key_values=cache, **inputs).logits)
+    return torch.cat(parts, dim=1)
+
+
+def random_states(tokens: int, batch: int = 1, heads: int = 2, dim: int = 8, seed: int = 0, dtype=torch.float32):
+    """Seeded random `(keys, values)`, each `[batch, heads, tokens, dim]`."""
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = torch.randn(2, batch, heads, tokens, dim, generator=generator)
+    return keys.to(dtype), values.to(dtype)
+
+
+def random_queries(tokens: int, batch: int = 1, heads: int = 2, groups: int = 2, dim: int = 8, seed: int = 1):
+    """Seeded random queries as an attention function gets them, `[batch, heads * groups, tokens, dim]`."""
+    generator = torch.Generator().manual_seed(seed)
+    return 2 * torch.randn(batch, heads * groups, tokens, dim, generator=generator)

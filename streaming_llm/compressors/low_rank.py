@@ -35,16 +35,17 @@ def leading_subspace(covariance: torch.Tensor, rank: int, iterations: int = _ITE
 class LowRankCompressor(Compressor):
     """Keep the tokens of highest leverage, weighted by their remembered score; the rest joins them with its mass."""
 
-    def leverage(self, tokens: WeightedTokens, weight: torch.Tensor) -> torch.Tensor:
+    def leverage(self, tokens: WeightedTokens, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Ridge leverage of each token in the rank-r subspace of the weighted, centred keys and values.
 
         Args:
+            scale: what values are multiplied by to stand beside keys (`value_scale`).
             weight: `[batch, kv_heads, tokens]`, at least 0; tokens of weight 0 take no part and get 0.
 
         Returns:
             float32 `[batch, kv_heads, tokens]`, each in [0, rank].
         """
-        states = features(tokens, value_scale(tokens))
+        states = features(tokens.keys, tokens.values, scale)
         fitted, fit_weight = states, weight
         if tokens.length > self.config.svd_max_tokens:
             index, picked = top_slots(weight, weight > 0, self.config.svd_max_tokens)
@@ -69,6 +70,6 @@ class LowRankCompressor(Compressor):
     ) -> WeightedTokens:
         """See `Compressor.compress`."""
         weight = reference.weight.masked_fill(reference.pinned | ~tokens.valid, 0.0)
-        priority = self.leverage(tokens, weight)
+        priority = self.leverage(tokens, weight, value_scale(tokens, reference))
         least = width if least is None else least
         return keep_best(tokens, reference, priority, width, budget, least, self.config.protect_exact)[0]

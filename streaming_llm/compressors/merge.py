@@ -6,8 +6,6 @@ the softmax as they did. Here the weights are the attention masses the recent qu
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
 from ..tokens import EXACT, PRECISION, UNUSED, WeightedTokens, gather_tokens, top_slots
@@ -16,26 +14,30 @@ from .base import Reference
 _TINY = 1e-12
 
 
-def value_scale(tokens: WeightedTokens) -> torch.Tensor:
+def value_scale(tokens: WeightedTokens, reference: Reference) -> torch.Tensor:
     """What values are multiplied by to stand beside keys in a distance, `[batch, kv_heads, 1, 1]`.
 
-    Scaled so that keys and values vary equally much over the middle: differences of keys move the attention weights,
-    differences of values move the output, and neither alone tells which token may stand for which.
+    Letting `c` stand for `j` changes the output by about `p_j (|q.(k_j - k_c)| * scale * |v| + |v_j - v_c|)`. For queries of
+    mean square length `Q` in `d` dimensions the square of the first term is `|k_j - k_c|^2 * Q * scale^2 / d * |v|^2` on
+    average, so differences of values count `1 / (Q * scale^2 / d * |v|^2)` as much as those of keys. Without queries, logits
+    are taken to vary by 2.5 over the keys, which is what trained models have.
     """
     valid = tokens.valid[..., None]
     total = valid.sum(2, keepdim=True).clamp_min(1)
+    value_energy = (tokens.values.float().square().sum(-1, keepdim=True) * valid).sum(2, keepdim=True) / total
+    if reference.queries is not None:
+        per_dimension = reference.queries.energy()[..., None, None]
+    else:
+        keys = tokens.keys.float() * valid
+        mean = keys.sum(2, keepdim=True) / total
+        spread = ((keys - mean) * valid).square().sum((2, 3), keepdim=True) / total
+        per_dimension = 2.5**2 / spread.clamp_min(_TINY)
+    return (per_dimension * value_energy).clamp_min(_TINY).rsqrt()
 
-    def variance(states: torch.Tensor) -> torch.Tensor:
-        states = states.float() * valid
-        mean = states.sum(2, keepdim=True) / total
-        return (((states - mean) * valid).square().sum((2, 3), keepdim=True) / total).clamp_min(_TINY)
 
-    return (variance(tokens.keys) / variance(tokens.values)).sqrt()
-
-
-def features(tokens: WeightedTokens, scale: torch.Tensor) -> torch.Tensor:
+def features(keys: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Keys and scaled values side by side, float32 `[batch, kv_heads, tokens, head_dim + value_dim]`."""
-    return torch.cat([tokens.keys.float(), tokens.values.float() * scale], dim=-1)
+    return torch.cat([keys.float(), values.float() * scale], dim=-1)
 
 
 def squared_distance(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -70,10 +72,9 @@ def merge_into(
     Returns:
         `width` slots in the order of `index`.
     """
-    batch, heads, width = index.shape
     valid = tokens.valid
     kept = tokens.gather(index).where_valid(picked)
-    kept_mask = torch.zeros_like(valid).scatter(2, index, picked)
+    kept_mask = torch.zeros_like(valid).scatter_(2, index, picked)
     joining = valid & ~kept_mask
     pinned = gather_tokens(reference.pinned, index) & picked
 
@@ -82,42 +83,39 @@ def merge_into(
         others = picked & ~pinned
         accepts = torch.where(others.any(-1, keepdim=True), others, picked)
 
+    # Those that join go first; how many there are is bounded by the shapes, so nothing has to be asked of the device.
     order = joining.to(torch.int8).argsort(dim=2, descending=True, stable=True)[:, :, : tokens.length - least]
-    gone = tokens.gather(order)
-    gone_mask = gather_tokens(joining, order)
+    gone_values = gather_tokens(tokens.values, order).float()
+    gone_count = gather_tokens(tokens.count * joining, order)
 
-    scale = value_scale(tokens)
-    distance = squared_distance(features(gone, scale), features(kept, scale))
+    scale = value_scale(tokens, reference)
+    kept_features = features(kept.keys, kept.values, scale)
+    gone_features = torch.cat([gather_tokens(tokens.keys, order).float(), gone_values * scale], dim=-1)
+    # |gone|^2 is the same for every candidate, so it takes no part in the choice.
+    distance = kept_features.square().sum(-1)[..., None, :] - 2 * (gone_features @ kept_features.transpose(-1, -2))
     distance.masked_fill_(~accepts[:, :, None, :], torch.inf)
     nearest = distance.argmin(dim=-1)
 
     if reference.log_mass:
-        mass_kept = gather_tokens(reference.mass, index).clamp_min(_TINY)
-        mass_gone = gather_tokens(reference.mass, order)
+        mass_kept = kept.mass.clamp_min(_TINY)
+        mass_gone = gather_tokens(reference.mass * joining, order)
     else:
-        mass_kept, mass_gone = kept.count.float(), gone.count.float()
-    mass_gone = mass_gone * gone_mask
+        mass_kept, mass_gone = kept.count.float(), gone_count.float()
 
-    joined = torch.zeros_like(mass_kept).scatter_add_(2, nearest, mass_gone)
-    total = mass_kept + joined
+    total = mass_kept.scatter_add(2, nearest, mass_gone)
     spread = nearest[..., None].expand(*nearest.shape, tokens.values.shape[-1])
     values = kept.values.float() * mass_kept[..., None]
-    values = values.scatter_add_(2, spread, gone.values.float() * mass_gone[..., None]) / total.clamp_min(_TINY)[..., None]
-    count = kept.count.scatter_add(2, nearest, gone.count * gone_mask)
+    values = values.scatter_add_(2, spread, gone_values * mass_gone[..., None]) / total.clamp_min(_TINY)[..., None]
+    count = kept.count.scatter_add(2, nearest, gone_count)
     changed = count != kept.count
 
-    beta = kept.beta
+    kept.values = torch.where(changed[..., None], values.to(kept.values.dtype), kept.values)
+    kept.tier = torch.where(picked, torch.where(pinned & (count == 1), EXACT, PRECISION), UNUSED).to(torch.int8)
+    kept.count = count
     if reference.log_mass:
-        beta = beta + torch.log(total / mass_kept)
-    return dataclasses.replace(
-        kept,
-        values=torch.where(changed[..., None], values.to(kept.values.dtype), kept.values),
-        beta=torch.where(picked, beta, -torch.inf),
-        mass=torch.where(picked, torch.where(changed, total, kept.mass), 0.0) if reference.log_mass else kept.mass,
-        count=count,
-        tier=torch.where(picked, torch.where(pinned & (count == 1), EXACT, PRECISION), UNUSED).to(torch.int8),
-    )
-
+        kept.beta = torch.where(changed & picked, kept.beta + torch.log(total / mass_kept), kept.beta)
+        kept.mass = torch.where(changed, total, kept.mass)
+    return kept
 
 
 def keep_best(

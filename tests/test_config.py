@@ -1,0 +1,321 @@
+"""`ADMSConfig`: every setting is checked, every size is what the cache really takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from conftest import make_tiny_llama, stream, token_ids
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig
+
+from streaming_llm import ADMSConfig, ADMSKVCache, enable_adms_llm
+
+NAMES = ADMSConfig.setting_names()
+REFERENCE_DEFAULTS = {
+    "start_size": 4, "recent_size": 2000, "compressed_budget": 128, "compressor_type": "low_rank", "rank": 16,
+    "num_clusters": 64, "svd_max_tokens": 512, "anchor_mode": "mean", "enable_pos_shift": True,
+    "max_seq_length": 32768, "enable_dynamic_sink": False, "compression_interval": 64,
+    "min_middle_size_for_compress": 64, "importance_ratio": 0.5, "min_importance_tokens": 4,
+    "importance_metric": "attention", "attention_window": 256, "attention_blend": 1.0, "coverage_segments": 4,
+    "coverage_priority": 0.0, "enable_dual_fidelity": False, "sketch_budget": 0, "sketch_reduction": "mean",
+    "enable_residual_replay": False, "replay_budget": 0, "energy_replay_threshold": 0.9,
+    "enable_position_calibration": False, "calibration_window": 512, "calibration_regularization": 0.1,
+    "enable_adaptive_controller": False, "controller_gain": 0.3, "controller_energy_floor": 0.8,
+    "controller_energy_ceiling": 0.97, "controller_group_size": 1, "use_adaptive_budget": False,
+    "adaptive_budget_floor": 0.5, "adaptive_budget_cap": 2.5, "adaptive_variance_smoothing": 0.1,
+}  # fmt: skip
+OUT_OF_RANGE = [
+    ("start_size", -1), ("recent_size", 0), ("recent_size", -5), ("compressed_budget", -1), ("rank", 0),
+    ("num_clusters", 0), ("svd_max_tokens", 0), ("max_seq_length", 0), ("compression_interval", 0),
+    ("min_middle_size_for_compress", -1), ("importance_ratio", -0.1), ("importance_ratio", 1.1),
+    ("min_importance_tokens", -1), ("attention_window", 0), ("attention_blend", 1.5), ("attention_blend", -0.5),
+    ("coverage_segments", 0), ("coverage_priority", 2.0), ("coverage_priority", -1.0), ("sketch_budget", -1),
+    ("replay_budget", -1), ("energy_replay_threshold", 0.0), ("energy_replay_threshold", 1.01),
+    ("calibration_window", 0), ("calibration_regularization", -0.1), ("controller_gain", 1.2),
+    ("controller_gain", -0.2), ("controller_energy_floor", -0.1), ("controller_energy_ceiling", 1.5),
+    ("controller_group_size", 0), ("adaptive_budget_floor", -0.1), ("adaptive_budget_floor", 1.1),
+    ("adaptive_budget_cap", 0.9), ("adaptive_variance_smoothing", 0.0), ("adaptive_variance_smoothing", 1.1),
+    ("score_decay", -0.1), ("score_decay", 1.1), ("seed", -1),
+]  # fmt: skip
+UNKNOWN_WORDS = {
+    "compressor_type": "low_rank", "anchor_mode": "hybrid", "importance_metric": "value_norm", "sketch_reduction": "first"
+}  # fmt: skip
+
+
+def test_the_defaults_are_those_of_the_reference_table():
+    config = ADMSConfig()
+    assert {name: getattr(config, name) for name in REFERENCE_DEFAULTS} == REFERENCE_DEFAULTS
+
+
+def test_adm_plus_plus_has_the_values_of_the_reference_table_and_takes_overrides():
+    config = ADMSConfig.adm_plus_plus(replay_budget=8, rank=4)
+    assert config.enable_dual_fidelity and config.enable_residual_replay
+    assert config.enable_position_calibration and config.enable_adaptive_controller
+    assert (config.sketch_budget, config.replay_budget, config.energy_replay_threshold) == (32, 8, 0.88)
+    assert (config.controller_gain, config.controller_group_size, config.rank) == (0.35, 2, 4)
+    with pytest.raises(ValueError, match="'rnak'.*did you mean rank"):
+        ADMSConfig.adm_plus_plus(rnak=4)
+
+
+@pytest.mark.parametrize("name,value", OUT_OF_RANGE)
+def test_a_value_out_of_range_is_refused_by_setting_value_and_limits(name, value):
+    with pytest.raises(ValueError) as error:
+        ADMSConfig(**{name: value})
+    assert f"{name}={value!r}" in str(error.value)
+    assert ">" in str(error.value) or "<" in str(error.value)
+
+
+def test_every_number_has_a_limit_that_was_tested():
+    numbers = {item.name for item in dataclasses.fields(ADMSConfig) if type(item.default) in (int, float)}
+    assert numbers == {name for name, _ in OUT_OF_RANGE}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_value_of_the_wrong_type_is_refused_by_setting_value_and_type(name):
+    default = getattr(ADMSConfig(), name)
+    wrong = {bool: [1, "yes", None], int: [1.5, "4", True, None], float: ["0.5", False, None], str: [3, None]}
+    for value in wrong[type(default)]:
+        with pytest.raises(TypeError) as error:
+            ADMSConfig(**{name: value})
+        assert f"{name}={value!r}" in str(error.value)
+        assert type(default).__name__ in str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_float_that_is_not_finite_is_refused(value):
+    with pytest.raises(ValueError, match="importance_ratio=.*finite"):
+        ADMSConfig(importance_ratio=value)
+
+
+def test_a_whole_number_is_taken_where_a_float_is_meant():
+    config = ADMSConfig(importance_ratio=1)
+    assert config.importance_ratio == 1.0 and isinstance(config.importance_ratio, float)
+
+
+@pytest.mark.parametrize("name,allowed", UNKNOWN_WORDS.items())
+def test_an_unknown_word_is_refused_with_those_allowed(name, allowed):
+    with pytest.raises(ValueError) as error:
+        ADMSConfig(**{name: "nonsense"})
+    assert f"{name}='nonsense'" in str(error.value) and allowed in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "wrong,named",
+    [
+        ({"sketch_budget": 8}, ["sketch_budget=8", "enable_dual_fidelity"]),
+        ({"replay_budget": 8}, ["replay_budget=8", "enable_residual_replay"]),
+        (
+            {"controller_energy_floor": 0.9, "controller_energy_ceiling": 0.9},
+            ["controller_energy_floor=0.9", "controller_energy_ceiling=0.9"],
+        ),
+        ({"enable_adaptive_controller": True, "use_adaptive_budget": True}, ["use_adaptive_budget", "adaptive_controller"]),
+        ({"min_importance_tokens": 20, "compressed_budget": 10}, ["min_importance_tokens=20", "compressed_budget=10"]),
+    ],
+)
+def test_settings_that_make_no_sense_together_are_refused_by_name(wrong, named):
+    with pytest.raises(ValueError) as error:
+        ADMSConfig(**wrong)
+    assert all(words in str(error.value) for words in named)
+
+
+def test_a_rank_above_head_dim_is_refused_once_the_model_is_known():
+    model_config = make_tiny_llama().config
+    ADMSConfig(rank=16).check_model(model_config)
+    ADMSConfig(rank=17, compressor_type="vq").check_model(model_config)
+    with pytest.raises(ValueError, match="rank=17.*head_dim=16"):
+        ADMSConfig(rank=17).check_model(model_config)
+    with pytest.raises(ValueError, match="rank=17.*head_dim=16"):
+        ADMSKVCache(ADMSConfig(rank=17), model_config=model_config)
+
+
+@st.composite
+def configs(draw):
+    budget = draw(st.integers(0, 300))
+    dual, replay = draw(st.booleans()), draw(st.booleans())
+    return ADMSConfig(
+        start_size=draw(st.integers(0, 8)),
+        recent_size=draw(st.integers(1, 500)),
+        compressed_budget=budget,
+        min_importance_tokens=draw(st.integers(0, budget)),
+        compressor_type=draw(st.sampled_from(["low_rank", "vq", "attention_matching"])),
+        importance_ratio=draw(st.floats(0, 1)),
+        score_decay=draw(st.floats(0, 1)),
+        importance_metric=draw(st.sampled_from(["attention", "value_norm", "key_norm", "mixed"])),
+        enable_dual_fidelity=dual,
+        sketch_budget=draw(st.integers(0, 50)) if dual else 0,
+        enable_residual_replay=replay,
+        replay_budget=draw(st.integers(0, 50)) if replay else 0,
+        use_adaptive_budget=draw(st.booleans()),
+        enable_dynamic_sink=draw(st.booleans()),
+    )
+
+
+@given(config=configs())
+@settings(deadline=None, max_examples=30)
+def test_a_config_survives_dict_and_json(config):
+    assert ADMSConfig.from_dict(config.to_dict()) == config
+    assert ADMSConfig.from_json(config.to_json()) == config
+    assert json.loads(config.to_json()) == config.to_dict()
+
+
+def test_a_config_survives_a_json_file(tmp_path):
+    config = ADMSConfig(rank=7, importance_ratio=0.25)
+    config.to_json(tmp_path / "config.json")
+    assert ADMSConfig.from_json(tmp_path / "config.json") == config
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(ValueError, match="JSON object"):
+        ADMSConfig.from_json(tmp_path / "list.json")
+
+
+def test_an_unknown_setting_is_refused_with_the_closest_one():
+    with pytest.raises(ValueError, match="'recent_sise'.*did you mean recent_size"):
+        ADMSConfig.from_dict({"recent_sise": 3})
+    with pytest.raises(ValueError, match="'xyzzy'.*the settings are start_size"):
+        ADMSConfig.from_dict({"xyzzy": 3})
+
+
+def test_describe_lists_every_setting_with_its_default_and_meaning():
+    table = ADMSConfig.describe().splitlines()[2:]
+    assert len(table) == len(NAMES)
+    for row, name in zip(table, NAMES, strict=True):
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert cells[0] == f"`{name}`" and cells[1] == str(getattr(ADMSConfig(), name)) and len(cells[2]) > 10
+
+
+@given(config=configs())
+@settings(deadline=None, max_examples=30)
+def test_expected_max_tokens_is_the_sum_of_the_tiers_and_the_interval(config):
+    sinks = max(config.start_size, 327) if config.enable_dynamic_sink else config.start_size
+    assert config.dynamic_start_size == sinks
+    assert config.middle_allocation == config.compressed_budget + config.sketch_budget + config.replay_budget
+    assert config.expected_max_tokens == sinks + config.middle_allocation + config.recent_size + 64
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {},
+        {"compressor_type": "vq"},
+        {"compressor_type": "attention_matching"},
+        {"use_adaptive_budget": True},
+        {"compressed_budget": 0, "min_importance_tokens": 0},
+        {"start_size": 0},
+        {"enable_dynamic_sink": True, "max_seq_length": 900},
+    ],
+)
+@pytest.mark.parametrize("dtype,batch", [(torch.float32, 1), (torch.bfloat16, 2), (torch.float16, 1)])
+def test_memory_bytes_is_what_a_filled_cache_takes_to_the_byte(chosen, dtype, batch):
+    model = make_tiny_llama().to(dtype)
+    shape = {"recent_size": 20, "compressed_budget": 16, "compression_interval": 8, "attention_window": 12}
+    config = ADMSConfig(**{**shape, "rank": 8, **chosen})
+    cache = enable_adms_llm(model, config)
+    stream(model, token_ids(120, batch), cache, 10)
+    assert cache.nbytes == config.memory_bytes(model.config, dtype, batch)
+    assert cache.nbytes == config.memory_bytes(model.config, str(dtype).removeprefix("torch."), batch)
+
+
+def test_memory_bytes_counts_the_sliding_layers_of_a_mixed_model():
+    model = Gemma3ForCausalLM(tiny_gemma3()).eval()
+    config = ADMSConfig(recent_size=20, compressed_budget=16, compression_interval=8, rank=8)
+    cache = enable_adms_llm(model, config)
+    stream(model, token_ids(120), cache, 10)
+    assert cache.memory_report()["sliding"] > 0
+    assert cache.nbytes == config.memory_bytes(model.config, torch.float32)
+
+
+def tiny_gemma3() -> Gemma3TextConfig:
+    return Gemma3TextConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=16, max_position_embeddings=512,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )  # fmt: skip
+
+
+def test_memory_bytes_takes_the_models_own_dtype_where_none_is_given():
+    model_config = LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=2, dtype="bfloat16")
+    config = ADMSConfig()
+    assert config.memory_bytes(model_config) == config.memory_bytes(model_config, torch.bfloat16)
+    assert config.memory_bytes(model_config) < config.memory_bytes(model_config, torch.float32)
+    with pytest.raises(ValueError, match="dtype='float33'"):
+        config.memory_bytes(model_config, "float33")
+
+
+@given(
+    size=st.integers(20_000, 40_000_000),
+    chosen=st.sampled_from(
+        [
+            {},
+            {"recent_size": 16},
+            {"compressed_budget": 24},
+            {"compressor_type": "vq", "attention_window": 32},
+            {"use_adaptive_budget": True},
+            {"start_size": 0, "compression_interval": 4},
+            {"min_importance_tokens": 9},
+        ]
+    ),
+)
+@settings(deadline=None, max_examples=40)
+def test_from_memory_fits_and_one_token_more_does_not(size, chosen):
+    model_config = LlamaConfig(
+        hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, dtype="float32"
+    )
+    try:
+        config = ADMSConfig.from_memory(model_config, size, **chosen)
+    except ValueError as error:
+        least = int(str(error).split("at least ")[1].split()[0])
+        assert least > size
+        assert ADMSConfig.from_memory(model_config, least, **chosen).memory_bytes(model_config) <= least
+        return
+    assert config.memory_bytes(model_config) <= size
+    assert all(getattr(config, name) == value for name, value in chosen.items())
+    for name in ("recent_size", "compressed_budget"):
+        if name not in chosen:
+            larger = dataclasses.replace(config, **{name: getattr(config, name) + 1})
+            # Half a token of each half may be left over, a whole token of both never.
+            if "recent_size" in chosen or "compressed_budget" in chosen:
+                assert larger.memory_bytes(model_config) > size
+    if not {"recent_size", "compressed_budget"} & set(chosen):
+        least = config.compressed_budget == chosen.get("min_importance_tokens")
+        assert least or abs(config.recent_size - config.compressed_budget) <= 1
+        both = dataclasses.replace(
+            config, recent_size=config.recent_size + 1, compressed_budget=config.compressed_budget + 1
+        )
+        assert both.memory_bytes(model_config) > size
+
+
+def test_from_memory_says_how_much_is_needed_at_least():
+    model_config = make_tiny_llama().config
+    with pytest.raises(ValueError, match=r"bytes=10 .*at least \d+"):
+        ADMSConfig.from_memory(model_config, 10)
+    for wrong in (0, -1, 1.5, True, "1GB"):
+        with pytest.raises(ValueError, match="bytes="):
+            ADMSConfig.from_memory(model_config, wrong)
+
+
+@pytest.mark.parametrize("name,value", [("recent_size", "3"), ("compressed_budget", None), ("min_importance_tokens", 1.5)])
+def test_from_memory_refuses_a_wrong_setting_by_name(name, value):
+    with pytest.raises(TypeError, match=f"{name}={value!r}"):
+        ADMSConfig.from_memory(make_tiny_llama().config, 10**7, **{name: value})
+    with pytest.raises(ValueError, match="'recent_sise'"):
+        ADMSConfig.from_memory(make_tiny_llama().config, 10**7, recent_sise=3)
+
+
+def test_from_memory_gives_a_cache_that_really_takes_no_more():
+    model = make_tiny_llama()
+    config = ADMSConfig.from_memory(model.config, 200_000, rank=8)
+    cache = enable_adms_llm(model, config)
+    stream(model, token_ids(3 * config.expected_max_tokens), cache, 32)
+    assert cache.nbytes == config.memory_bytes(model.config)
+    assert 190_000 < cache.nbytes <= 200_000
+
+
+def test_from_memory_with_everything_fixed_only_checks():
+    model_config = make_tiny_llama().config
+    config = ADMSConfig.from_memory(model_config, 10**7, recent_size=30, compressed_budget=10)
+    assert (config.recent_size, config.compressed_budget) == (30, 10)
+    with pytest.raises(ValueError, match="too little"):
+        ADMSConfig.from_memory(model_config, 10**4, recent_size=300, compressed_budget=100)

@@ -1,0 +1,232 @@
+"""The documents tell the truth: their lists are the code's, their snippets run, their commands and links exist.
+
+`python tests/test_docs.py` writes the parts of the documents that are made from the code anew.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import stream, token_ids
+
+import streaming_llm
+from streaming_llm import SUPPORTED_MODEL_TYPES, ADMSConfig, compressors
+from streaming_llm.config import BOOKKEEPING_BYTES
+from streaming_llm.evaluation import cli, plan_methods, resolve_settings
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = ("README.md", "QUICKSTART.md", "ADM_PLUS_PLUS_IMPLEMENTATION.md")
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def parser():
+    return cli.build_parser("script.py", "", ("full", "streaming", "adms"), "results")
+
+
+def model_types() -> str:
+    return ", ".join(f"`{name}`" for name in SUPPORTED_MODEL_TYPES)
+
+
+def flag_table() -> str:
+    """The flags that are no settings, as a Markdown table made of the parser's own help."""
+    rows = ["| flag | meaning (default) |", "|---|---|"]
+    for name, action in parser().flags().items():
+        if name not in ADMSConfig.setting_names():
+            default = "an empty line" if name == "sep" else action.default
+            meaning = (action.help % {"default": default}).replace("|", "\\|")
+            rows.append(f"| `--{name}` | {meaning} |")
+    return "\n".join(rows)
+
+
+MADE_FROM_CODE = {
+    ("README.md", "model types"): model_types,
+    ("QUICKSTART.md", "flags"): lambda: f"\n{flag_table()}\n",
+    ("QUICKSTART.md", "settings"): lambda: f"\n{ADMSConfig.describe()}\n",
+}
+
+
+def made_part(part: str) -> re.Pattern:
+    return re.compile(f"(<!-- {part} -->)(.*?)(<!-- /{part} -->)", re.DOTALL)
+
+
+# A constant quoted with its value: `module.NAME = value`.
+CONSTANT = re.compile(r"(?<=`)(\w+)\.(_?[A-Z][A-Z_]+) = (.+?)(?=`)", re.DOTALL)
+
+
+def with_current_constants(text: str) -> str:
+    """The text with every quoted constant's value as the module of that name has it."""
+
+    def current(found: re.Match) -> str:
+        [path] = Path(streaming_llm.__file__).parent.rglob(f"{found[1]}.py")
+        value = re.search(rf"^{found[2]} = (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert value, f"{path.name} has no constant {found[2]}"
+        return f"{found[1]}.{found[2]} = {value[1]}"
+
+    return CONSTANT.sub(current, text)
+
+
+def code_blocks(document: str, language: str) -> list[str]:
+    return re.findall(f"^```{language}\n(.*?)^```$", read(document), re.DOTALL | re.MULTILINE)
+
+
+def example_commands() -> list[tuple[str, list[str]]]:
+    """Script and arguments of every call of an example in the documents."""
+    found = []
+    for document in DOCUMENTS:
+        for line in re.findall(r"python (examples/[^`\n]*)", read(document)):
+            script, *arguments = shlex.split(line, comments=True)
+            found.append((script, arguments))
+    return found
+
+
+def message_skeletons() -> str:
+    """Every string of the package, one a line, with an ellipsis where a value is filled in."""
+    lines = []
+    for path in sorted(Path(streaming_llm.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+                lines.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                lines.append(node.value)
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(("document", "part"), MADE_FROM_CODE, ids=lambda value: value)
+def test_what_is_made_from_the_code_is_what_the_code_says(document, part):
+    found = made_part(part).search(read(document))
+    assert found, f"{document} has no part marked {part!r}"
+    assert found[2] == MADE_FROM_CODE[document, part](), "python tests/test_docs.py writes it anew"
+
+
+def test_every_flag_in_the_documents_exists():
+    flags = parser().flags()
+    allowed = {*flags, *(f"no-{name}" for name in flags), "help"}
+    for document in DOCUMENTS:
+        lines = [line for line in read(document).splitlines() if "pip " not in line]
+        named = set(re.findall(r"(?<![\w<!-])--([a-z][\w-]*)", "\n".join(lines)))
+        assert named <= allowed, document
+
+
+def test_every_example_in_the_documents_can_be_called_as_it_is_written():
+    calls = example_commands()
+    assert {script for script, _ in calls} == {
+        f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py") if not path.name.startswith("_")
+    }
+    for script, argv in calls:
+        assert (ROOT / script).is_file()
+        arguments = cli.parse_arguments(parser(), argv)
+        plan_methods(arguments.methods, resolve_settings(cli.cache_settings(arguments)))
+
+
+def test_the_commands_that_ci_takes_from_the_readme_are_there():
+    text = read("README.md")
+    extras = re.findall(r"^(\w+) = \[", read("pyproject.toml").split("optional-dependencies]")[1], re.MULTILINE)
+    for name, end in (("main", "python examples/eval_adms_vs_streaming.py"), ("tests", "python -m pytest")):
+        command = re.search(f"^<!-- command: {name} -->\n```bash\n(.*)\n```$", text, re.MULTILINE)
+        assert command, name
+        assert command[1].endswith(end)
+        assert re.search(r'pip install -e "\.\[(\w+)\]"', command[1])[1] in extras
+        assert f"readme_command {name}" in read(".ci/run")
+
+
+def test_links_lead_somewhere():
+    def anchors(document):
+        headings = re.findall(r"^#+ (.*)$", read(document), re.MULTILINE)
+        return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+    for document in DOCUMENTS:
+        for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^):]*))?\)", read(document)):
+            assert (ROOT / target).exists(), (document, target)
+            if anchor:
+                assert anchor in anchors(target or document), (document, anchor)
+
+
+def test_every_quoted_message_is_one_the_code_has():
+    table = read("QUICKSTART.md").split("| message |")[1].split("\n\n")[0]
+    quoted = re.findall(r"^\| `(.*?)` \|", table, re.MULTILINE)
+    assert len(quoted) > 10
+    skeletons = message_skeletons()
+    assert [message for message in quoted if message not in skeletons] == []
+
+
+def test_constants_in_the_documents_have_the_value_they_have_in_the_code():
+    text = read("ADM_PLUS_PLUS_IMPLEMENTATION.md")
+    quoted = CONSTANT.findall(text)
+    assert len(quoted) > 5
+    assert quoted == CONSTANT.findall(with_current_constants(text)), "python tests/test_docs.py writes them anew"
+    assert f"{BOOKKEEPING_BYTES} bytes of bookkeeping" in " ".join(read("README.md").split())
+
+
+@pytest.fixture
+def run_snippets(tiny_model_folder, monkeypatch):
+    """Run a document's Python blocks in order, on a tiny model; gives the names they leave."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    monkeypatch.setattr("streaming_llm.evaluation.load_model", lambda: (model, tokenizer))
+
+    def run(document):
+        names: dict = {}
+        for number, block in enumerate(code_blocks(document, "python"), start=1):
+            exec(compile(block, f"{document}, Python block {number}", "exec"), names)
+        return names
+
+    yield run
+    for name in compressors.available_compressors():
+        if not compressors.get_compressor(name).__module__.startswith("streaming_llm."):  # registered by a snippet
+            del compressors._REGISTRY[name]
+
+
+def test_the_readme_runs(run_snippets, capsys):
+    names = run_snippets("README.md")
+    assert names["output"].shape[1] > names["inputs"]["input_ids"].shape[1]
+    assert "580\n" in capsys.readouterr().out
+    config = names["config"]
+    assert 63 * 2**20 < config.memory_bytes(names["model"].config) <= 64 * 2**20
+
+
+def test_the_compressor_of_the_readme_compresses(run_snippets, monkeypatch):
+    names = run_snippets("README.md")
+    compressor, cache = names["LoudestValues"], names["cache"]
+    calls = []
+    compress = compressor.compress
+    monkeypatch.setattr(compressor, "compress", lambda *args, **kwargs: calls.append(1) or compress(*args, **kwargs))
+    stream(names["model"], token_ids(400), cache, chunk=32)
+    assert calls
+    assert cache.held_tokens <= cache.config.expected_max_tokens < 400
+    assert cache.layers[0].held.count.sum(-1).eq(400).all()  # every token that came is accounted for
+    assert cache.layers[0].held.beta.amax() > 0
+
+
+def test_the_quickstart_runs(run_snippets, capsys):
+    names = run_snippets("QUICKSTART.md")
+    output = capsys.readouterr().out
+    assert set(names["results"]) == {"full", "streaming", "snapkv", "adms"}
+    assert "4000 tokens seen" in output
+    assert len(names["messages"]) == 4
+    stream(names["model"], token_ids(700), names["cache"], chunk=32)
+    assert names["cache"].layers[0].compressions > 0
+
+
+def update() -> None:
+    """Write the parts of the documents that are made from the code."""
+    architecture = "ADM_PLUS_PLUS_IMPLEMENTATION.md"
+    (ROOT / architecture).write_text(with_current_constants(read(architecture)), encoding="utf-8")
+    for (document, part), make in MADE_FROM_CODE.items():
+        text = made_part(part).sub(lambda found, make=make: found[1] + make() + found[3], read(document))
+        (ROOT / document).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    update()
