@@ -120,7 +120,7 @@ class ADMSKVCache(StatsMixin, Cache):
         self._arrival = None
         self._length_override = None
 
-    # -- around a forward pass (called by the hooks enable_adms_llm registers) -----------------------------------------------
+    # -- around a forward pass (called by the hooks enable_adms_llm registers) --------------------------------------------
 
     def begin_forward(self, positions: torch.Tensor | None, attention_mask: torch.Tensor | None, new: int) -> None:
         """Take note of the new tokens' positions and padding.

@@ -126,7 +126,8 @@ class ADMSConfig:
         if options is not None and value not in options:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(options)}")
         low, above, high = limits.get("low"), limits.get("above"), limits.get("high")
-        if (low is not None and value < low) or (above is not None and value <= above) or (high is not None and value > high):
+        too_low = (low is not None and value < low) or (above is not None and value <= above)
+        if too_low or (high is not None and value > high):
             lower = f"{name} >= {low}" if low is not None else f"{name} > {above}"
             upper = f" and {name} <= {high}" if high is not None else ""
             raise ValueError(f"{name}={value!r} is out of range: {lower}{upper}")

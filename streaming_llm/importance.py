@@ -13,7 +13,9 @@ import torch
 
 from .tokens import WeightedTokens, top_slots
 
+# Logits that exist at once: what a CPU's caches hold, what an accelerator can spare.
 _BLOCK_ELEMENTS = 1 << 25
+_CPU_BLOCK_ELEMENTS = 1 << 19
 
 
 @dataclass
@@ -39,9 +41,9 @@ class Queries:
         """Number of queries per head."""
         return self.states.shape[3]
 
-    def _part(self, index: slice, step: int = 1) -> Queries:
-        valid = None if self.valid is None else self.valid[:, index]
-        return Queries(self.states[:, :, :, index], self.scale, valid, self.softcap, self.step * step)
+    def _part(self, index: slice, step: int = 1, at: slice = slice(None)) -> Queries:
+        valid = None if self.valid is None else self.valid[at, index]
+        return Queries(self.states[at, :, :, index], self.scale, valid, self.softcap, self.step * step)
 
     def last(self, window: int) -> Queries:
         """The newest `window` queries."""
@@ -70,7 +72,7 @@ class Queries:
 
 
 def attention_logits(queries: Queries, keys: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
-    """Logits with log-mass, causal for the newest tokens: the query `a` places before the newest does not see the `a` newest.
+    """Logits with log-mass, causal for the newest tokens: a query `a` places before the newest does not see the `a` newest.
 
     Args:
         queries: the newest queries; the last one belongs to the last key.
@@ -80,7 +82,7 @@ def attention_logits(queries: Queries, keys: torch.Tensor, beta: torch.Tensor) -
     Returns:
         float32 `[batch, kv_heads, groups, window, tokens]`, `-inf` where nothing is seen.
     """
-    logits = queries.logits(keys) + beta[:, :, None, None]
+    logits = queries.logits(keys).add_(beta[:, :, None, None])
     window, tokens = queries.window, keys.shape[2]
     tail = min((window - 1) * queries.step, tokens)
     if tail == 0:
@@ -92,13 +94,12 @@ def attention_logits(queries: Queries, keys: torch.Tensor, beta: torch.Tensor) -
     return logits
 
 
-def attention_statistics(
-    queries: Queries, keys: torch.Tensor, beta: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+@torch.no_grad()
+def attention_statistics(queries: Queries, keys: torch.Tensor, beta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and mean square over the queries of each token's attention probability.
 
-    The softmax runs over all tokens held. Computed in float32, in blocks of queries so that the probabilities of a long
-    prefill never exist all at once.
+    The softmax runs over all tokens held. Computed in float32, in blocks of rows or queries, so that the probabilities of a
+    long prefill never exist all at once.
 
     Returns:
         `(mass, square)`, each float32 `[batch, kv_heads, tokens]`.
@@ -107,17 +108,19 @@ def attention_statistics(
     tokens = keys.shape[2]
     mass = torch.zeros(batch, heads, tokens, device=keys.device)
     square = torch.zeros_like(mass)
-    block = max(1, _BLOCK_ELEMENTS // max(1, batch * heads * groups * tokens))
-    for start in range(0, window, block):
-        stop = min(window, start + block)
-        part = queries._part(slice(start, stop))
-        seen = tokens - (window - stop) * queries.step
-        logits = attention_logits(part, keys[:, :, :seen], beta[:, :, :seen])
-        probabilities = logits.softmax(dim=-1)
-        if part.valid is not None:
-            probabilities = torch.where(part.valid[:, None, None, :, None], probabilities, 0.0)
-        mass[:, :, :seen] += probabilities.sum((2, 3))
-        square[:, :, :seen] += probabilities.square_().sum((2, 3))
+    most = _CPU_BLOCK_ELEMENTS if keys.device.type == "cpu" else _BLOCK_ELEMENTS
+    per_query = max(1, heads * groups * tokens)
+    rows = max(1, min(batch, most // (per_query * window)))
+    block = max(1, min(window, most // (per_query * rows)))
+    for row in range(0, batch, rows):
+        at = slice(row, row + rows)
+        for start in range(0, window, block):
+            stop = min(window, start + block)
+            part = queries._part(slice(start, stop), at=at)
+            seen = tokens - (window - stop) * queries.step
+            sums = _probability_sums(part, keys[at, :, :seen], beta[at, :, :seen])
+            mass[at, :, :seen] += sums[0]
+            square[at, :, :seen] += sums[1]
     if queries.valid is None:
         total = torch.full((batch, 1, 1), float(groups * window), device=keys.device)
     else:
@@ -125,6 +128,20 @@ def attention_statistics(
     return mass / total, square / total
 
 
+def _probability_sums(queries: Queries, keys: torch.Tensor, beta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums over the queries of the probabilities and of their squares, in place on one tensor of logits."""
+    logits = attention_logits(queries, keys, beta).flatten(2, 3)
+    # A padding query may see nothing at all: its largest logit is -inf, and its weight 0.
+    weights = logits.sub_(logits.amax(-1, keepdim=True).clamp_min(-1e30)).exp_()
+    inverse = weights.sum(-1).clamp_min(1e-30).reciprocal_()[:, :, None]
+    if queries.valid is not None:
+        groups = queries.states.shape[2]
+        inverse = inverse * queries.valid[:, None, None, :].repeat(1, 1, 1, groups)
+    mass = (inverse @ weights)[:, :, 0]
+    return mass, (inverse.square() @ weights.square_())[:, :, 0]
+
+
+@torch.no_grad()
 def remember(
     tokens: WeightedTokens, mass: torch.Tensor, square: torch.Tensor, queries: int, window: int, decay: float
 ) -> None:

@@ -1,4 +1,4 @@
-"""Compressors: what turns the middle of the stream into few weighted tokens. One file a method, one registry, one protocol."""
+"""Compressors: what turns the middle of the stream into few weighted tokens. One file a method, one protocol."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from .base import Compressor, Reference, reference_probabilities
 from .merge import keep_best
 
 _RIDGE = 0.1
+_QUERY_STEP = 2
 _MASS_RANGE = (0.05, 20.0)
 
 
@@ -28,18 +29,16 @@ def ridge_towards(
         design: `[..., rows, unknowns]`; target: `[..., rows, columns]`; start: `[..., unknowns, columns]`.
 
     Returns:
-        `(x, solved)`: the solution, and whether the Cholesky factorisation succeeded (`[...]`, bool); where it did not,
-        even with a hundred times the ridge, `x` is `start`.
+        `(x, solved)`: the solution, and whether the Cholesky factorisation succeeded (`[...]`, bool); where it did not
+        (the ridge makes that an accident of NaN or overflow), `x` is `start`.
     """
     gram = design.transpose(-1, -2) @ design
     level = torch.diagonal(gram, dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(1e-20)
     eye = torch.eye(gram.shape[-1], device=gram.device)
     factor, failed = torch.linalg.cholesky_ex(gram + ridge * level * eye)
-    again, failed_again = torch.linalg.cholesky_ex(gram + 100 * ridge * level * eye)
-    first = (failed == 0)[..., None, None]
     residual = design.transpose(-1, -2) @ (target - design @ start)
-    step = torch.cholesky_solve(residual, torch.where(first, factor, again))
-    solved = ((failed == 0) | (failed_again == 0)) & step.isfinite().all(-1).all(-1)
+    step = torch.cholesky_solve(residual, factor)
+    solved = (failed == 0) & step.isfinite().all(-1).all(-1)
     return torch.where(solved[..., None, None], start + step, start), solved
 
 
@@ -58,9 +57,10 @@ class AttentionMatchingCompressor(Compressor):
     ) -> WeightedTokens:
         """See `Compressor.compress`. Without queries, or without log-mass, nothing is fitted: the merge stands."""
         least = width if least is None else least
-        kept, _ = keep_best(tokens, reference, reference.weight, width, budget, least, self.config.protect_exact)
+        kept = keep_best(tokens, reference, reference.weight, width, budget, least, self.config.protect_exact)
         if reference.queries is None or not reference.log_mass:
             return kept
+        reference = dataclasses.replace(reference, queries=reference.queries.every(_QUERY_STEP))
         truth, normaliser = reference_probabilities(tokens, reference)
         target_mass = truth.sum(-1, keepdim=True)
         target = truth @ (tokens.values.float() * tokens.valid[..., None])

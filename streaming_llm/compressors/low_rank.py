@@ -35,30 +35,33 @@ def leading_subspace(covariance: torch.Tensor, rank: int, iterations: int = _ITE
 class LowRankCompressor(Compressor):
     """Keep the tokens of highest leverage, weighted by their remembered score; the rest joins them with its mass."""
 
-    def leverage(self, tokens: WeightedTokens, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """Ridge leverage of each token in the rank-r subspace of the weighted, centred keys and values.
+    def leverage(self, states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Ridge leverage of each token in the rank-r subspace of the weighted, centred states.
 
         Args:
-            scale: what values are multiplied by to stand beside keys (`value_scale`).
+            states: keys and scaled values side by side (`features`), float32 `[batch, kv_heads, tokens, dim]`.
             weight: `[batch, kv_heads, tokens]`, at least 0; tokens of weight 0 take no part and get 0.
 
         Returns:
             float32 `[batch, kv_heads, tokens]`, each in [0, rank].
         """
-        states = features(tokens.keys, tokens.values, scale)
-        fitted, fit_weight = states, weight
-        if tokens.length > self.config.svd_max_tokens:
+        root = (weight / weight.sum(-1, keepdim=True).clamp_min(1e-30)).sqrt()[..., None]
+        rows = states * root
+        fitted, fitted_root = rows, root
+        if states.shape[2] > self.config.svd_max_tokens:
             index, picked = top_slots(weight, weight > 0, self.config.svd_max_tokens)
-            fitted, fit_weight = gather_tokens(states, index), gather_tokens(weight, index) * picked
-        total = fit_weight.sum(-1, keepdim=True).clamp_min(1e-30)
-        mean = ((fit_weight / total)[..., None] * fitted).sum(2, keepdim=True)
-        rows = (fitted - mean) * (fit_weight / total).sqrt()[..., None]
-        covariance = rows.transpose(-1, -2) @ rows
+            fitted_root = gather_tokens(root, index) * picked[..., None]
+            fitted = gather_tokens(states, index) * fitted_root
+            total = fitted_root.square().sum(2, keepdim=True).clamp_min(1e-30)
+            fitted, fitted_root = fitted / total.sqrt(), fitted_root / total.sqrt()
+        # Centring takes place on the small matrices: the sum of (x - m)(x - m)' is that of xx' less mm'.
+        mean = fitted_root.transpose(-1, -2) @ fitted
+        covariance = fitted.transpose(-1, -2) @ fitted - mean.transpose(-1, -2) @ mean
         basis = leading_subspace(covariance, min(self.config.rank, states.shape[-1]))
-        energy = (rows @ basis).square().sum(2, keepdim=True)
-        ridge = _RIDGE * rows.square().sum((2, 3), keepdim=True) + 1e-30
-        code = (states - mean) @ basis
-        return (code.square() / (energy + ridge)).sum(-1) * (weight / total)
+        energy = ((covariance @ basis) * basis).sum(2, keepdim=True).clamp_min(0)
+        ridge = _RIDGE * torch.diagonal(covariance, dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(0) + 1e-30
+        code = rows @ basis - root * (mean @ basis)
+        return (code.square() / (energy + ridge)).sum(-1)
 
     def compress(
         self,
@@ -70,6 +73,7 @@ class LowRankCompressor(Compressor):
     ) -> WeightedTokens:
         """See `Compressor.compress`."""
         weight = reference.weight.masked_fill(reference.pinned | ~tokens.valid, 0.0)
-        priority = self.leverage(tokens, weight, value_scale(tokens, reference))
+        states = features(tokens.keys, tokens.values, value_scale(tokens, reference))
+        priority = self.leverage(states, weight)
         least = width if least is None else least
-        return keep_best(tokens, reference, priority, width, budget, least, self.config.protect_exact)[0]
+        return keep_best(tokens, reference, priority, width, budget, least, self.config.protect_exact, states)

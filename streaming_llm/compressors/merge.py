@@ -54,6 +54,7 @@ def merge_into(
     picked: torch.Tensor,
     least: int,
     protect_exact: bool = False,
+    states: torch.Tensor | None = None,
 ) -> WeightedTokens:
     """Keep the picked tokens; every other one joins the nearest of them.
 
@@ -68,6 +69,7 @@ def merge_into(
         picked: which of them are really kept (the others become unused slots).
         least: tokens that every head with that many valid ones keeps: bounds how many can join, without asking the device.
         protect_exact: nothing joins a pinned token, where a head keeps any other.
+        states: what distances are taken between, one row a token; None for `features` of the tokens.
 
     Returns:
         `width` slots in the order of `index`.
@@ -85,14 +87,17 @@ def merge_into(
 
     # Those that join go first; how many there are is bounded by the shapes, so nothing has to be asked of the device.
     order = joining.to(torch.int8).argsort(dim=2, descending=True, stable=True)[:, :, : tokens.length - least]
-    gone_values = gather_tokens(tokens.values, order).float()
     gone_count = gather_tokens(tokens.count * joining, order)
-
-    scale = value_scale(tokens, reference)
-    kept_features = features(kept.keys, kept.values, scale)
-    gone_features = torch.cat([gather_tokens(tokens.keys, order).float(), gone_values * scale], dim=-1)
+    if states is None:
+        states = features(tokens.keys, tokens.values, value_scale(tokens, reference))
+    kept_states, gone_states = gather_tokens(states, index), gather_tokens(states, order)
     # |gone|^2 is the same for every candidate, so it takes no part in the choice.
-    distance = kept_features.square().sum(-1)[..., None, :] - 2 * (gone_features @ kept_features.transpose(-1, -2))
+    distance = torch.baddbmm(
+        kept_states.square().sum(-1)[..., None, :].flatten(0, 1),
+        gone_states.flatten(0, 1),
+        kept_states.flatten(0, 1).transpose(-1, -2),
+        alpha=-2,
+    ).unflatten(0, kept_states.shape[:2])
     distance.masked_fill_(~accepts[:, :, None, :], torch.inf)
     nearest = distance.argmin(dim=-1)
 
@@ -103,6 +108,7 @@ def merge_into(
         mass_kept, mass_gone = kept.count.float(), gone_count.float()
 
     total = mass_kept.scatter_add(2, nearest, mass_gone)
+    gone_values = gather_tokens(tokens.values, order).float()
     spread = nearest[..., None].expand(*nearest.shape, tokens.values.shape[-1])
     values = kept.values.float() * mass_kept[..., None]
     values = values.scatter_add_(2, spread, gone_values * mass_gone[..., None]) / total.clamp_min(_TINY)[..., None]
@@ -126,14 +132,14 @@ def keep_best(
     budget: torch.Tensor | None,
     least: int,
     protect_exact: bool = False,
-) -> tuple[WeightedTokens, torch.Tensor]:
+    states: torch.Tensor | None = None,
+) -> WeightedTokens:
     """Keep the pinned tokens and, of the others, those of highest priority (at least 0); the rest joins them.
 
-    Returns:
-        The kept tokens in the order they had, and their slots in `tokens` `[batch, kv_heads, width]`.
+    Arguments as for `merge_into` and `Compressor.compress`. The kept tokens come in the order they had.
     """
     lift = priority.masked_fill(~tokens.valid, 0.0).amax(-1, keepdim=True) + 1.0
     index, picked = top_slots(priority + reference.pinned * lift, tokens.valid, width, budget)
     order = torch.where(picked, index, tokens.length).argsort(dim=2)
     index, picked = index.gather(2, order), picked.gather(2, order)
-    return merge_into(tokens, reference, index, picked, least, protect_exact), index
+    return merge_into(tokens, reference, index, picked, least, protect_exact, states)

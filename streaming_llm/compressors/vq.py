@@ -65,7 +65,7 @@ def weighted_kmeans(
 
 
 class VQCompressor(Compressor):
-    """Pinned tokens stay; the others become at most `num_clusters` clusters. What that leaves free keeps more tokens exact."""
+    """Pinned tokens stay; the others become at most `num_clusters` clusters. The rest of the budget is exact."""
 
     needs_queries: ClassVar[bool] = True
 

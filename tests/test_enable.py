@@ -1,0 +1,218 @@
+"""Wiring a model and undoing it; what is refused, by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_tiny_llama, stream, token_ids
+from transformers import BertConfig, BertModel, DynamicCache, OPTConfig, OPTForCausalLM
+
+from streaming_llm import (
+    SUPPORTED_MODEL_TYPES,
+    ADMSConfig,
+    ADMSKVCache,
+    ADMSLayer,
+    disable_adms_llm,
+    enable_adms_llm,
+    enable_adms_low_rank,
+    enable_adms_vq,
+    enable_streaming_llm,
+)
+from streaming_llm.enable import is_enabled
+
+SMALL = {"start_size": 2, "recent_size": 16, "compressed_budget": 12, "compression_interval": 8, "rank": 8}
+
+
+def hooks_of(model) -> list[int]:
+    names = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called", "_forward_hooks_with_kwargs")
+    return [len(getattr(module, name)) for module in model.modules() for name in names]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("chunk", [1, 30])
+def test_an_enabled_model_with_another_cache_is_what_it_was_to_the_bit(implementation, chunk):
+    model, ids = make_tiny_llama(), token_ids(60, 2)
+    model.set_attn_implementation(implementation)
+    with_cache = stream(model, ids, DynamicCache(config=model.config), chunk)
+    with torch.no_grad():
+        without = model(ids, use_cache=False).logits
+        said = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6)
+    enable_adms_llm(model, **SMALL)
+    assert torch.equal(stream(model, ids, DynamicCache(config=model.config), chunk), with_cache)
+    with torch.no_grad():
+        assert torch.equal(model(ids, use_cache=False).logits, without)
+        assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6), said)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_disabling_restores_everything(implementation):
+    model, ids = make_tiny_llama(), token_ids(60)
+    model.set_attn_implementation(implementation)
+    expected = stream(model, ids, DynamicCache(config=model.config), 7)
+    attributes, hooks = set(model.__dict__), hooks_of(model)
+    forward = model.forward
+    stream(model, ids, enable_adms_llm(model, **SMALL), 7)
+    assert is_enabled(model) and hooks_of(model) != hooks
+    assert model.config._attn_implementation == f"adms_{implementation}"
+    disable_adms_llm(model)
+    assert not is_enabled(model) and hooks_of(model) == hooks and set(model.__dict__) == attributes
+    assert model.config._attn_implementation == implementation and model.forward == forward
+    assert all(
+        getattr(module, "config", model.config)._attn_implementation == implementation for module in model.modules()
+    )
+    assert torch.equal(stream(model, ids, DynamicCache(config=model.config), 7), expected)
+    disable_adms_llm(model)
+
+
+def test_disabling_a_model_that_was_never_enabled_is_harmless(tiny_llama):
+    before = hooks_of(tiny_llama)
+    disable_adms_llm(tiny_llama)
+    assert hooks_of(tiny_llama) == before
+
+
+def test_enabling_again_takes_other_settings_and_adds_no_second_hook(tiny_llama):
+    first = enable_adms_llm(tiny_llama, **SMALL)
+    hooks = hooks_of(tiny_llama)
+    second = enable_adms_llm(tiny_llama, recent_size=24, compressor_type="vq")
+    assert hooks_of(tiny_llama) == hooks
+    assert first is not second and (first.recent_size, second.recent_size) == (16, 24)
+    assert second.config.compressor_type == "vq"
+    ids = token_ids(80)
+    expected = stream(tiny_llama, ids, enable_adms_llm(tiny_llama, **SMALL), 7)
+    assert torch.equal(stream(tiny_llama, ids, first, 7), expected)
+
+
+def test_two_caches_on_one_model_in_turn_do_not_disturb_each_other(tiny_llama):
+    ids, others = token_ids(100), token_ids(100, seed=5)
+    settings = {**SMALL, "compressor_type": "attention_matching"}
+    expected = stream(tiny_llama, ids, enable_adms_llm(tiny_llama, **SMALL), 5)
+    expected_other = stream(tiny_llama, others, enable_adms_llm(tiny_llama, **settings), 5)
+    one, two = enable_adms_llm(tiny_llama, **SMALL), enable_adms_llm(tiny_llama, **settings)
+    got = [[], []]
+    for start in range(0, 100, 5):
+        for cache, tokens, parts in ((one, ids, got[0]), (two, others, got[1])):
+            parts.append(stream(tiny_llama, tokens[:, start : start + 5], cache, 5))
+    assert torch.equal(torch.cat(got[0], dim=1), expected)
+    assert torch.equal(torch.cat(got[1], dim=1), expected_other)
+
+
+def test_a_change_of_implementation_by_the_user_is_kept(tiny_llama):
+    enable_adms_llm(tiny_llama, **SMALL)
+    tiny_llama.set_attn_implementation("eager")
+    disable_adms_llm(tiny_llama)
+    assert tiny_llama.config._attn_implementation == "eager"
+    tiny_llama.set_attn_implementation("sdpa")
+    enable_adms_llm(tiny_llama, **SMALL)
+    tiny_llama.set_attn_implementation("eager")
+    cache = enable_adms_llm(tiny_llama, **SMALL)
+    assert tiny_llama.config._attn_implementation == "adms_eager"
+    stream(tiny_llama, token_ids(80), cache, 5)
+    disable_adms_llm(tiny_llama)
+    assert tiny_llama.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("enable", [enable_adms_llm, enable_adms_low_rank, enable_adms_vq, enable_streaming_llm])
+def test_an_unknown_setting_is_refused_with_the_closest_one_and_nothing_changed(tiny_llama, enable):
+    before = hooks_of(tiny_llama)
+    with pytest.raises(ValueError, match="'compresed_budget'.*did you mean compressed_budget"):
+        enable(tiny_llama, compresed_budget=3)
+    assert not is_enabled(tiny_llama) and hooks_of(tiny_llama) == before
+    assert tiny_llama.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("wrong", [{"recent_size": 0}, {"rank": 17}, {"rank": "big"}, {"sketch_budget": 4}])
+def test_a_wrong_setting_is_refused_and_nothing_changed(tiny_llama, wrong):
+    with pytest.raises((ValueError, TypeError), match=next(iter(wrong))):
+        enable_adms_llm(tiny_llama, **wrong)
+    assert not is_enabled(tiny_llama) and tiny_llama.config._attn_implementation == "sdpa"
+
+
+def test_an_unsupported_family_is_refused_by_name_with_the_list():
+    config = OPTConfig(
+        vocab_size=32, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16
+    )
+    with pytest.raises(ValueError) as error:
+        enable_adms_llm(OPTForCausalLM(config))
+    assert "'opt'" in str(error.value)
+    assert all(name in str(error.value) for name in SUPPORTED_MODEL_TYPES)
+    bert = BertModel(BertConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                num_attention_heads=2))  # fmt: skip
+    with pytest.raises(ValueError, match="'bert'"):
+        enable_adms_llm(bert)
+
+
+def test_what_is_no_model_is_refused():
+    for wrong in (None, "llama", torch.nn.Linear(2, 2)):
+        with pytest.raises(TypeError, match="PreTrainedModel"):
+            enable_adms_llm(wrong)
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention", "kernels-community/flash-attn"])
+def test_an_attention_without_a_place_for_log_mass_is_refused_with_advice(tiny_llama, name):
+    tiny_llama.config._attn_implementation_internal = name
+    with pytest.raises(ValueError) as error:
+        enable_adms_llm(tiny_llama)
+    assert name in str(error.value) and "set_attn_implementation('sdpa')" in str(error.value)
+    assert not is_enabled(tiny_llama)
+
+
+def test_config_and_settings_together_are_refused(tiny_llama):
+    with pytest.raises(ValueError, match="recent_size"):
+        enable_adms_llm(tiny_llama, ADMSConfig(), recent_size=3)
+    config = ADMSConfig(**SMALL)
+    assert enable_adms_llm(tiny_llama, config).config is config
+
+
+def test_the_entry_points_choose_their_compressor_and_settings(tiny_llama):
+    low_rank = enable_adms_low_rank(tiny_llama, rank=5, recent_size=9)
+    assert (low_rank.config.compressor_type, low_rank.config.rank, low_rank.recent_size) == ("low_rank", 5, 9)
+    vq = enable_adms_vq(tiny_llama, num_clusters=7)
+    assert (vq.config.compressor_type, vq.config.num_clusters) == ("vq", 7)
+    assert enable_adms_low_rank(tiny_llama).config.rank == 16 and enable_adms_vq(tiny_llama).config.num_clusters == 64
+    plain = enable_streaming_llm(tiny_llama)
+    assert (plain.start_size, plain.recent_size, plain.middle_allocation) == (4, 2000, 0)
+
+
+def test_the_features_that_are_not_there_yet_are_refused_by_name(tiny_llama):
+    with pytest.raises(NotImplementedError, match="enable_dual_fidelity=True"):
+        enable_adms_llm(tiny_llama, ADMSConfig.adm_plus_plus())
+    assert not is_enabled(tiny_llama)
+
+
+def test_a_bare_decoder_can_be_enabled_too(tiny_llama):
+    decoder, ids = tiny_llama.model, token_ids(100)
+    with torch.no_grad():
+        expected = decoder(ids[:, :10]).last_hidden_state
+    cache = enable_adms_llm(decoder, **SMALL)
+    with torch.no_grad():
+        first = decoder(ids[:, :10], past_key_values=cache).last_hidden_state
+        for start in range(10, 100, 5):
+            decoder(input_ids=ids[:, start : start + 5], past_key_values=cache)
+    assert torch.equal(first, expected)
+    assert cache.get_seq_length() == 100 and cache.held_tokens <= cache.config.expected_max_tokens
+    disable_adms_llm(decoder)
+
+
+def test_input_embeddings_work_in_place_of_tokens(tiny_llama):
+    ids = token_ids(90)
+    expected = stream(tiny_llama, ids, enable_adms_llm(tiny_llama, **SMALL), 5)
+    cache, parts = enable_adms_llm(tiny_llama, **SMALL), []
+    with torch.no_grad():
+        embedded = tiny_llama.get_input_embeddings()(ids)
+        for start in range(0, 90, 5):
+            parts.append(tiny_llama(inputs_embeds=embedded[:, start : start + 5], past_key_values=cache).logits)
+    assert torch.equal(torch.cat(parts, dim=1), expected)
+
+
+def test_a_cache_of_a_model_no_longer_enabled_says_so(tiny_llama):
+    cache, ids = enable_adms_llm(tiny_llama, **SMALL), token_ids(90)
+    stream(tiny_llama, ids[:, :60], cache, 5)
+    disable_adms_llm(tiny_llama)
+    with pytest.raises(RuntimeError, match="enable_adms_llm"):
+        stream(tiny_llama, ids[:, 60:], cache, 5)
+
+
+def test_only_full_attention_layers_become_adms_layers(tiny_llama):
+    cache = enable_adms_llm(tiny_llama)
+    assert isinstance(cache, ADMSKVCache) and len(cache.layers) == 2
+    assert all(isinstance(layer, ADMSLayer) and layer.wired for layer in cache.layers)
