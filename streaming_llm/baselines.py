@@ -35,7 +35,9 @@ class Eviction(Compressor):
     ) -> WeightedTokens:
         """See `Compressor.compress`; `count` of what is evicted is lost with it."""
         index, picked = top_slots(self.scores(tokens, reference), tokens.valid, width, budget)
-        return tokens.gather(index).where_valid(picked)
+        # In the order of the stream: SnapKV's pooling is over neighbours.
+        order = torch.where(picked, index, tokens.length).argsort(dim=2)
+        return tokens.gather(index.gather(2, order)).where_valid(picked.gather(2, order))
 
 
 class H2O(Eviction):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -14,6 +15,13 @@ from .layer import ADMSLayer, Arrival, NonFiniteError
 from .stats import StatsMixin
 
 logger = logging.getLogger(__name__)
+
+
+def _layer(config: ADMSConfig, wired: bool) -> ADMSLayer:
+    # Without log-mass nothing tells attention which slots are unused, so budgets can't differ between heads.
+    if not wired and config.use_adaptive_budget:
+        config = dataclasses.replace(config, use_adaptive_budget=False)
+    return ADMSLayer(config, wired)
 
 
 class ADMSKVCache(StatsMixin, Cache):
@@ -51,7 +59,7 @@ class ADMSKVCache(StatsMixin, Cache):
             config.check_model(model_config)
             text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
             for window in layer_windows(text):
-                layers.append(ADMSLayer(config, wired) if window is None else DynamicSlidingWindowLayer(window))
+                layers.append(_layer(config, wired) if window is None else DynamicSlidingWindowLayer(window))
         super().__init__(layers=layers)
         self.config = config
         self.wired = wired
@@ -72,7 +80,7 @@ class ADMSKVCache(StatsMixin, Cache):
         if self.broken:
             raise RuntimeError(f"the cache can't be used any more: {self.broken}. Call cache.reset() or make a new one")
         while len(self.layers) <= layer_idx:
-            self.layers.append(ADMSLayer(self.config, self.wired))
+            self.layers.append(_layer(self.config, self.wired))
             self.layers[-1].profile = self._profile
         layer = self.layers[layer_idx]
         if not isinstance(layer, ADMSLayer):
@@ -174,12 +182,13 @@ class ADMSKVCache(StatsMixin, Cache):
             return None
         compacted = []
         for number, pair in enumerate(past_key_values):
-            if not isinstance(pair, (tuple, list)) or len(pair) != 2 or any(part.dim() != 4 for part in pair):
+            shaped = isinstance(pair, (tuple, list)) and len(pair) == 2
+            if not shaped or any(not isinstance(part, torch.Tensor) or part.dim() != 4 for part in pair):
                 raise ValueError(
                     f"past_key_values[{number}] must be a (key, value) pair of [batch, kv_heads, tokens, head_dim] tensors"
                 )
             keys, values = pair
-            layer = ADMSLayer(self.config)
+            layer = _layer(self.config, wired=False)
             if keys.shape[2] <= self.dynamic_start_size + self.middle_allocation + self.recent_size:
                 compacted.append((keys, values))
                 continue

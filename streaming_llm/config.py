@@ -89,9 +89,7 @@ class ADMSConfig:
     sketch_reduction: str = _setting("mean", "how tokens become a sketch", options=SKETCH_REDUCTIONS)
     enable_residual_replay: bool = _setting(False, "re-inject originals while reconstruction is poor")
     replay_budget: int = _setting(0, "tokens of the replay tier", low=0)
-    energy_replay_threshold: float = _setting(
-        0.9, "spectral energy below which originals are replayed", above=0.0, high=1.0
-    )
+    energy_replay_threshold: float = _setting(0.9, "spectral energy below which originals are replayed", above=0.0, high=1.0)
     enable_position_calibration: bool = _setting(False, "calibrate the positions of made tokens")
     calibration_window: int = _setting(512, "anchors kept for the calibration", low=1)
     calibration_regularization: float = _setting(0.1, "ridge term of the calibration", low=0.0)
@@ -103,9 +101,7 @@ class ADMSConfig:
     use_adaptive_budget: bool = _setting(False, "budgets in proportion to the variance of a head's middle")
     adaptive_budget_floor: float = _setting(0.5, "smallest multiple of compressed_budget a head gets", low=0.0, high=1.0)
     adaptive_budget_cap: float = _setting(2.5, "largest multiple of compressed_budget a head gets", low=1.0)
-    adaptive_variance_smoothing: float = _setting(
-        0.1, "weight of the newest variance in its EMA", above=0.0, high=1.0
-    )
+    adaptive_variance_smoothing: float = _setting(0.1, "weight of the newest variance in its EMA", above=0.0, high=1.0)
     seed: int = _setting(0, "seed of whatever is drawn at random (vq's first centres, hybrid anchors)", low=0)
 
     def __post_init__(self) -> None:

@@ -76,9 +76,7 @@ class LayerGroup:
     def query_real(self, layer: ADMSLayer, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
         """The part of the shared marks of real queries that belongs to `layer`, all True at first."""
         if self.whole.query_real is None:
-            self.whole.query_real = torch.ones(
-                shape[0] * len(self.layers), *shape[1:], dtype=torch.bool, device=device
-            )
+            self.whole.query_real = torch.ones(shape[0] * len(self.layers), *shape[1:], dtype=torch.bool, device=device)
         return self._part(layer, self.whole.query_real)
 
     @property

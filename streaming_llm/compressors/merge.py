@@ -54,7 +54,6 @@ def merge_into(
     picked: torch.Tensor,
     least: int,
     protect_exact: bool = False,
-    states: torch.Tensor | None = None,
 ) -> WeightedTokens:
     """Keep the picked tokens; every other one joins the nearest of them.
 
@@ -69,7 +68,6 @@ def merge_into(
         picked: which of them are really kept (the others become unused slots).
         least: tokens that every head with that many valid ones keeps: bounds how many can join, without asking the device.
         protect_exact: nothing joins a pinned token, where a head keeps any other.
-        states: what distances are taken between, one row a token; None for `features` of the tokens.
 
     Returns:
         `width` slots in the order of `index`.
@@ -88,8 +86,7 @@ def merge_into(
     # Those that join go first; how many there are is bounded by the shapes, so nothing has to be asked of the device.
     order = joining.to(torch.int8).argsort(dim=2, descending=True, stable=True)[:, :, : tokens.length - least]
     gone_count = gather_tokens(tokens.count * joining, order)
-    if states is None:
-        states = features(tokens.keys, tokens.values, value_scale(tokens, reference))
+    states = features(tokens.keys, tokens.values, value_scale(tokens, reference))
     kept_states, gone_states = gather_tokens(states, index), gather_tokens(states, order)
     # |gone|^2 is the same for every candidate, so it takes no part in the choice.
     distance = torch.baddbmm(
@@ -132,7 +129,6 @@ def keep_best(
     budget: torch.Tensor | None,
     least: int,
     protect_exact: bool = False,
-    states: torch.Tensor | None = None,
 ) -> WeightedTokens:
     """Keep the pinned tokens and, of the others, those of highest priority (at least 0); the rest joins them.
 
@@ -142,4 +138,4 @@ def keep_best(
     index, picked = top_slots(priority + reference.pinned * lift, tokens.valid, width, budget)
     order = torch.where(picked, index, tokens.length).argsort(dim=2)
     index, picked = index.gather(2, order), picked.gather(2, order)
-    return merge_into(tokens, reference, index, picked, least, protect_exact, states)
+    return merge_into(tokens, reference, index, picked, least, protect_exact)

@@ -95,9 +95,7 @@ class VQCompressor(Compressor):
         both = concatenate([exact, made])
         return both.gather(torch.where(both.valid, both.pos, torch.inf).argsort(dim=2, stable=True))
 
-    def cluster(
-        self, tokens: WeightedTokens, reference: Reference, member: torch.Tensor, clusters: int
-    ) -> WeightedTokens:
+    def cluster(self, tokens: WeightedTokens, reference: Reference, member: torch.Tensor, clusters: int) -> WeightedTokens:
         """The tokens where `member [batch, kv_heads, tokens]` is True as `clusters` weighted tokens.
 
         A cluster's key is the mass-weighted mean key, its value the mass-weighted mean value, its `beta` the log of the

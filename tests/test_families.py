@@ -1,0 +1,145 @@
+"""Every model family the list names, with tiny random weights: equal below the bound, finite and bounded past it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from conftest import stream, token_ids
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from streaming_llm import SUPPORTED_MODEL_TYPES, ADMSKVCache, ADMSLayer, disable_adms_llm, enable_adms_llm
+
+SMALL = {"start_size": 2, "recent_size": 16, "compressed_budget": 12, "compression_interval": 8, "rank": 8}
+LLAMA_LIKE = {
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "initializer_range": 0.2,
+}  # fmt: skip
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+# model type: (config class, model class, settings)
+FAMILIES = {
+    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM",
+               {**LLAMA_LIKE, "head_dim": 8, "sliding_window": 16, "layer_types": MIXED, "attn_logit_softcapping": 3.0}),
+    "gemma3_text": ("Gemma3TextConfig", "Gemma3ForCausalLM",
+                    {**LLAMA_LIKE, "head_dim": 8, "sliding_window": 16, "layer_types": MIXED}),
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"vocab_size": 128, "n_embd": 32, "n_layer": 3, "n_head": 4,
+                                               "n_positions": 512, "initializer_range": 0.2}),
+    "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM",
+                 {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+                  "num_attention_heads": 4, "max_position_embeddings": 512, "initializer_range": 0.2}),
+    "llama": ("LlamaConfig", "LlamaForCausalLM", LLAMA_LIKE),
+    "mistral": ("MistralConfig", "MistralForCausalLM", {**LLAMA_LIKE, "sliding_window": None}),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM",
+                {**LLAMA_LIKE, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": None}),
+    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", LLAMA_LIKE),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", {**LLAMA_LIKE, "sliding_window": None}),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", LLAMA_LIKE),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**LLAMA_LIKE, "head_dim": 8}),
+    "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", LLAMA_LIKE),
+}  # fmt: skip
+
+
+def make(name: str, implementation: str = "sdpa", **chosen):
+    config_class, model_class, settings = FAMILIES[name]
+    config = getattr(transformers, config_class)(**{**settings, **chosen})
+    state = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    model = getattr(transformers, model_class)(config).eval()
+    torch.random.set_rng_state(state)
+    model.set_attn_implementation(implementation)
+    return model
+
+
+def test_every_family_of_the_list_is_tested_here():
+    assert sorted(FAMILIES) == sorted(SUPPORTED_MODEL_TYPES)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_unfilled_cache_gives_logits_equal_to_the_bit(name, implementation):
+    model, ids = make(name, implementation), token_ids(60, 2)
+
+    def run(cache):
+        first = stream(model, ids[:, :40], cache, 20)
+        return torch.cat([first, stream(model, ids[:, 40:], cache, 1)], dim=1)
+
+    expected = run(DynamicCache(config=model.config))
+    assert torch.equal(run(enable_adms_llm(model, rank=8)), expected)
+    said = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8)
+    again = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, past_key_values=enable_adms_llm(model, rank=8)
+    )
+    assert torch.equal(again, said)
+    disable_adms_llm(model)
+    assert torch.equal(run(DynamicCache(config=model.config)), expected)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("compressor", ["low_rank", "attention_matching"])
+def test_past_the_bound_logits_are_finite_and_the_cache_bounded(name, implementation, compressor):
+    model = make(name, implementation)
+    cache, ids = enable_adms_llm(model, **SMALL, compressor_type=compressor), token_ids(150, 2)
+    for start, stop, chunk in ((0, 50, 50), (50, 120, 7), (120, 150, 1)):
+        logits = stream(model, ids[:, start:stop], cache, chunk)
+        assert logits.isfinite().all()
+        assert cache.held_tokens <= cache.config.expected_max_tokens
+        assert cache.get_seq_length() == stop
+    layers = [layer for layer in cache.layers if isinstance(layer, ADMSLayer)]
+    assert layers and all(layer.compacted and layer.queries_seen for layer in layers)
+    assert any((layer.held.beta > 0).any() for layer in layers)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_kept_is_near_enough_for_the_model_to_say_nearly_the_same(name):
+    model, ids = make(name), token_ids(90)
+    full = stream(model, ids, DynamicCache(config=model.config), 3).log_softmax(-1)
+    roomy = {**SMALL, "recent_size": 30, "compressed_budget": 45}
+
+    def divergence(**settings) -> float:
+        logits = stream(model, ids, enable_adms_llm(model, **settings), 3).log_softmax(-1)
+        return torch.nn.functional.kl_div(logits, full, log_target=True, reduction="none").sum(-1)[:, 85:].mean().item()
+
+    assert divergence(**roomy) < divergence(**{**SMALL, "recent_size": 8, "compressed_budget": 0,
+                                               "min_importance_tokens": 0})  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
+def test_sliding_layers_keep_transformers_own_layer(name):
+    cache = enable_adms_llm(make(name), **SMALL)
+    assert [type(layer) for layer in cache.layers] == [DynamicSlidingWindowLayer, ADMSLayer, DynamicSlidingWindowLayer]
+    assert [layer.sliding_window for layer in cache.layers[::2]] == [16, 16]
+
+
+def test_a_model_with_sliding_layers_only_is_what_it_was():
+    model, ids = make("mistral", sliding_window=16), token_ids(90)
+    expected = stream(model, ids, DynamicCache(config=model.config), 5)
+    cache = enable_adms_llm(model, **SMALL)
+    assert all(isinstance(layer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    assert torch.equal(stream(model, ids, cache, 5), expected)
+    assert cache.held_tokens == 0 and cache.nbytes > 0 and cache.get_seq_length() == 90
+
+
+def test_gemma2s_soft_capping_is_honoured_in_the_scores():
+    model = make("gemma2", "eager")
+    cache = enable_adms_llm(model, **SMALL)
+    stream(model, token_ids(30), cache, 5)
+    layer = cache.layers[1]
+    assert layer.query_softcap == 3.0
+    layer.compact()
+    queries = layer._stored(0)
+    logits = queries.logits(layer.keys)
+    states = queries.states.flatten(2, 3) @ layer.keys.transpose(-1, -2) * queries.scale
+    torch.testing.assert_close(logits.flatten(2, 3), 3.0 * torch.tanh(states / 3.0))
+    assert logits.abs().max() <= 3.0 < states.abs().max()
+
+
+def test_unwired_caches_work_on_every_family():
+    ids = token_ids(90)
+    for name in FAMILIES:
+        model = make(name)
+        cache = ADMSKVCache(enable_adms_llm(model, **SMALL).config, model_config=model.config)
+        disable_adms_llm(model)
+        assert stream(model, ids, cache, 7).isfinite().all(), name
+        assert cache.held_tokens <= cache.config.expected_max_tokens
