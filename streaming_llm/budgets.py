@@ -18,8 +18,8 @@ def share_budget(weight: torch.Tensor, base: int, low: int, high: int) -> torch.
     heads = weight.shape[-1]
     total = base * heads
     weight = torch.nan_to_num(weight.double(), nan=0.0, posinf=1e12).clamp_min(0) + 1e-12
-    # The scale that makes the clamped shares sum to the total, by bisection: the sum only grows with the scale. At the lower
-    # bound no head gets more than the base, at the upper none gets less. In logarithms, for weights may differ by any factor.
+    # The scale that makes the clamped shares sum to the total, by bisection: the sum only grows with the scale. At the
+    # lower bound no head gets more than the base, at the upper none gets less. In logarithms: weights differ by any factor.
     lower = (max(base, 1e-9) / weight.amax(-1, keepdim=True)).log()
     upper = (max(base, 1e-9) / weight.amin(-1, keepdim=True)).log()
     for _ in range(40):

@@ -139,7 +139,7 @@ class ADMSKVCache(StatsMixin, Cache):
             new: number of new tokens.
         """
         real = None
-        if attention_mask is not None and attention_mask.dim() == 2:
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             real = attention_mask[:, -new:].bool()
             if bool(real.all()):
                 real = None

@@ -58,7 +58,9 @@ class ADMSConfig:
     anchor_mode: str = _setting(
         "mean", "position of a token made from several: their mean, an even grid, or both", options=ANCHOR_MODES
     )
-    enable_pos_shift: bool = _setting(True, "keep positions inside the trained length; off means absolute positions")
+    enable_pos_shift: bool = _setting(
+        True, "keep positions inside the trained length; off means absolute positions (not in force yet)"
+    )
     max_seq_length: int = _setting(32768, "length the dynamic sink count is a share of", low=1)
     enable_dynamic_sink: bool = _setting(False, "as many sinks as 1% of max_seq_length, at least start_size")
     compression_interval: int = _setting(64, "tokens between two compactions", low=1)

@@ -71,6 +71,9 @@ def enable_streaming_llm(
 ) -> ADMSKVCache:
     """StreamingLLM (Xiao et al. 2023, arXiv 2309.17453) as a policy of the same cache: sinks and recent window only."""
     fixed = {"compressed_budget": 0, "min_importance_tokens": 0, "start_size": start_size, "recent_size": recent_size}
+    for name in ("compressed_budget", "min_importance_tokens"):
+        if settings.get(name):
+            raise ValueError(f"{name}={settings[name]} can't be set: StreamingLLM keeps sinks and recent window only")
     return enable_adms_llm(model, **{**settings, **fixed})
 
 

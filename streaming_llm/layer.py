@@ -89,6 +89,7 @@ class ADMSLayer(CacheLayerMixin):
         self._bias: torch.Tensor | None = None
         self._unanswered = False
         self._undo: tuple[int, int, int, int] | None = None
+        self._saved: dict[str, torch.Tensor] | None = None
         self._sealed = False
 
     # -- what transformers asks ------------------------------------------------------------------------------------------
@@ -196,7 +197,7 @@ class ADMSLayer(CacheLayerMixin):
                 self.compact()
         arrival = arrival or Arrival()
         self._undo = (self.length, self.seen, self.query_count, self.query_folded)
-        self._sealed = False
+        self._sealed, self._saved = False, None
         start, seen, self.length, self.seen = self.length, self.seen, self.length + new, self.seen + new
         positions = arrival.positions
         if positions is None:
@@ -311,6 +312,7 @@ class ADMSLayer(CacheLayerMixin):
         slots = self.config.query_slots
         self._allocate_queries(states)
         if self.query_count + new > slots:
+            self._save()
             self._fold_stored(self.length - new)
             if new >= slots:
                 self._fold(Queries(states, self.query_scale, real, self.query_softcap), self.held, _STREAM_STEP)
@@ -322,6 +324,26 @@ class ADMSLayer(CacheLayerMixin):
                 return
             self._keep_queries(slots - max(new, self.config.compression_interval))
         self._append_queries(states, real)
+
+    def _save(self) -> None:
+        """Keep what folding and moving queries changes, so that a failed forward pass can be taken back."""
+        if self._undo is None or self._saved is not None:
+            return
+        length, _, count, _ = self._undo
+        self._saved = {name: getattr(self.buffer, name)[:, :, :length].clone() for name in ("score", "mass", "square")}
+        self._saved["query_buffer"] = self.query_buffer[:, :, :, :count].clone()
+        if self.query_real is not None:
+            self._saved["query_real"] = self.query_real[:, :count].clone()
+
+    def _restore(self) -> None:
+        if self._saved is None:
+            return
+        for name in ("score", "mass", "square"):
+            getattr(self.buffer, name)[:, :, : self.length] = self._saved[name]
+        self.query_buffer[:, :, :, : self.query_count] = self._saved["query_buffer"]
+        if "query_real" in self._saved:
+            self.query_real[:, : self.query_count] = self._saved["query_real"]
+        self._saved = None
 
     def _allocate_queries(self, states: torch.Tensor) -> None:
         slots = self.config.query_slots
@@ -488,7 +510,7 @@ class ADMSLayer(CacheLayerMixin):
             self.variance_ema = variance
         else:
             self.variance_ema = self.variance_ema.lerp(variance, config.adaptive_variance_smoothing)
-        least = int(config.compressed_budget * config.adaptive_budget_floor)
+        least = max(1, int(config.compressed_budget * config.adaptive_budget_floor))
         self.budgets = share_budget(self.variance_ema, config.compressed_budget, least, config.widest_middle)
         return self.budgets, least
 
@@ -533,6 +555,7 @@ class ADMSLayer(CacheLayerMixin):
         self.overflow = None
         end = self.length
         self.length, self.seen, self.query_count, self.query_folded = self._undo
+        self._restore()
         self._reuse(self.length, end)
         self._undo = None
         return True
@@ -550,7 +573,7 @@ class ADMSLayer(CacheLayerMixin):
 
     def settle(self) -> None:
         """The forward pass is over: what it appended stays."""
-        self._undo = None
+        self._undo = self._saved = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens (a negative number, as transformers passes it).

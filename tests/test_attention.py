@@ -47,7 +47,7 @@ def test_prefill_then_decoding_gives_logits_equal_to_the_bit(implementation):
 def test_a_padded_batch_gives_logits_equal_to_the_bit(implementation, side):
     model, ids = model_with(implementation), token_ids(40, 2)
     mask = torch.ones_like(ids)
-    mask[0, :11 if side == "left" else None] = 0
+    mask[0, : 11 if side == "left" else None] = 0
     mask[0, 29:] = 0 if side == "right" else mask[0, 29:]
     if side == "right":
         mask[0, :29] = 1
@@ -75,9 +75,7 @@ def test_generate_gives_equal_tokens(implementation, options):
 
     def run(cache):
         torch.manual_seed(0)
-        return model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=25, past_key_values=cache, **options
-        )
+        return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=25, past_key_values=cache, **options)
 
     expected = run(DynamicCache(config=model.config))
     assert torch.equal(run(enable_adms_llm(model)), expected)

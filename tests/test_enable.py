@@ -57,9 +57,7 @@ def test_disabling_restores_everything(implementation):
     disable_adms_llm(model)
     assert not is_enabled(model) and hooks_of(model) == hooks and set(model.__dict__) == attributes
     assert model.config._attn_implementation == implementation and model.forward == forward
-    assert all(
-        getattr(module, "config", model.config)._attn_implementation == implementation for module in model.modules()
-    )
+    assert all(getattr(module, "config", model.config)._attn_implementation == implementation for module in model.modules())
     assert torch.equal(stream(model, ids, DynamicCache(config=model.config), 7), expected)
     disable_adms_llm(model)
 

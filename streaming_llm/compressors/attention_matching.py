@@ -74,7 +74,7 @@ class AttentionMatchingCompressor(Compressor):
         factor = torch.where(free, factor[..., 0].clamp(*_MASS_RANGE), 1.0)
         # The clamp may have moved the total: bring it back, so that the mass is conserved as the merge conserved it.
         before, after = target_mass.sum((2, 3)), (design @ factor[..., None]).sum((2, 3))
-        factor = torch.where(free, factor * (before / after.clamp_min(1e-20)).clamp(0.5, 2.0)[..., None], 1.0)
+        factor = torch.where(free, factor * (before / after.clamp_min(1e-20))[..., None], 1.0)
         design = design * factor[:, :, None]
         values, value_solved = ridge_towards(design, target, kept.values.float(), _RIDGE)
         self.count_fallbacks(mass_solved & value_solved)

@@ -12,6 +12,8 @@ from ..tokens import EXACT, PRECISION, UNUSED, WeightedTokens, gather_tokens, to
 from .base import Reference
 
 _TINY = 1e-12
+# Share of the average mass below which a kept token takes no others in.
+_FAINT = 0.01
 
 
 def value_scale(tokens: WeightedTokens, reference: Reference) -> torch.Tensor:
@@ -79,9 +81,14 @@ def merge_into(
     pinned = gather_tokens(reference.pinned, index) & picked
 
     accepts = picked
+    if reference.log_mass:
+        # What draws next to nothing would need a huge log-mass to stand for others, and explode for the query it suits.
+        average = kept.mass.sum(-1, keepdim=True) / picked.sum(-1, keepdim=True).clamp_min(1)
+        accepts = picked & (kept.mass >= _FAINT * average)
     if protect_exact:
-        others = picked & ~pinned
-        accepts = torch.where(others.any(-1, keepdim=True), others, picked)
+        others = accepts & ~pinned
+        others = torch.where(others.any(-1, keepdim=True), others, picked & ~pinned)
+        accepts = torch.where(others.any(-1, keepdim=True), others, accepts)
 
     # Those that join go first; how many there are is bounded by the shapes, so nothing has to be asked of the device.
     order = joining.to(torch.int8).argsort(dim=2, descending=True, stable=True)[:, :, : tokens.length - least]

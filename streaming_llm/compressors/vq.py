@@ -117,10 +117,18 @@ class VQCompressor(Compressor):
         mean = share.transpose(-1, -2) / total.clamp_min(_TINY)[..., None]
         keys = (mean @ points).to(tokens.keys.dtype)
         values = (mean @ tokens.values.float()).to(tokens.values.dtype)
+        # A cluster of one is that token as it was, to the bit.
+        single = assigned.sum(2) == 1
+        member_index = assigned.argmax(2)
+        alone = tokens.gather(member_index)
+        keys = torch.where(single[..., None], alone.keys, keys)
+        values = torch.where(single[..., None], alone.values, values)
         beta = torch.zeros_like(total)
         if reference.queries is not None and reference.log_mass:
             own = torch.exp(reference.queries.logits(keys).flatten(2, 3) - normaliser).mean(2)
             beta = torch.log(total.clamp_min(1e-30)) - torch.log(own.clamp_min(1e-30))
+
+        beta = torch.where(single, alone.beta, beta)
 
         def summed(field: torch.Tensor) -> torch.Tensor:
             return (assigned * field.float()[..., None]).sum(2)
