@@ -13,7 +13,7 @@ from .base import Reference
 
 _TINY = 1e-12
 # Share of the average mass below which a kept token takes no others in.
-_FAINT = 0.01
+_FAINT = 0.1
 
 
 def value_scale(tokens: WeightedTokens, reference: Reference) -> torch.Tensor:
