@@ -1,4 +1,4 @@
-"""Print the comparison of every method in `--methods`, all at equal memory, also as a Markdown table.
+"""Print the comparison of every method in `--methods`, all at equal tokens a head, also as a Markdown table.
 
 Takes the flags of `eval_adms_vs_streaming.py`; with no argument it runs every method there is.
 """
@@ -12,7 +12,7 @@ def run() -> int:
 
     return main(
         prog="compare_methods.py",
-        description="Compare every method at equal memory on one stream of text; prints the table in Markdown too.",
+        description="Compare every method at equal tokens a head on one stream of text; prints the table in Markdown too.",
         methods=tuple(METHODS),
         output_dir="results/compare_methods",
         markdown=True,

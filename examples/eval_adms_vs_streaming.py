@@ -1,4 +1,4 @@
-"""Compare ADMS and StreamingLLM at equal memory with the full cache, on one stream of text.
+"""Compare ADMS and StreamingLLM at equal tokens a head with the full cache, on one stream of text.
 
 With no argument: SmolLM2-135M-Instruct on the shipped chapters of *Pride and Prejudice*. Ends with a table and writes
 `results.json` and `perplexity.png` into `--output_dir`.
@@ -12,7 +12,7 @@ def run() -> int:
 
     return main(
         prog="eval_adms_vs_streaming.py",
-        description="Compare ADMS and StreamingLLM at equal memory with the full cache, on one stream of text.",
+        description="Compare ADMS and StreamingLLM at equal tokens a head with the full cache, on one stream of text.",
         methods=("full", "streaming", "adms"),
         output_dir="results",
     )

@@ -87,7 +87,7 @@ def enable_baseline(model: PreTrainedModel, name: str, **settings: Any) -> ADMSK
     """Wire a model for one of `BASELINES` and return its cache.
 
     `compressed_budget` is the number of middle tokens the method may choose; StreamingLLM, which chooses none, gets them as
-    part of its recent window. So equal settings are equal memory.
+    part of its recent window. So equal settings are equal tokens.
 
     Args:
         model: as for `enable_adms_llm`.

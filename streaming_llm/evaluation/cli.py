@@ -91,7 +91,7 @@ def build_parser(prog: str, description: str, methods: Sequence[str], output_dir
         nargs="+",
         default=list(methods),
         metavar="METHOD",
-        help=f"methods to compare, at equal memory: {', '.join(METHODS)} ({' '.join(methods)})",
+        help=f"methods to compare, at equal tokens a head: {', '.join(METHODS)} ({' '.join(methods)})",
     )
     add("--chunk_size", type=int, default=64, metavar="N", help="tokens a forward pass; 1: one by one (%(default)s)")
     add(
@@ -337,7 +337,7 @@ def _caption(plans) -> str:
     if len(totals) > 1:
         equal = "tokens a head: " + ", ".join(f"{plan.method.name} {plan.total_tokens:,}" for plan in bounded)
     return (
-        f"Equal memory: {equal}, every {bounded[0].interval} tokens. KL in nats a token. 'cache' is the most bytes "
+        f"Equal tokens: {equal}, every {bounded[0].interval} tokens. KL in nats a token. 'cache' is the most bytes "
         "held, all state included."
     )
 
