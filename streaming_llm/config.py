@@ -9,6 +9,8 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from .compressors import available_compressors, get_compressor
+
 SKETCH_REDUCTIONS = ("mean", "sum", "first")
 ANCHOR_MODES = ("mean", "grid", "hybrid")
 IMPORTANCE_METRICS = ("attention", "value_norm", "key_norm", "mixed")
@@ -132,8 +134,6 @@ class ADMSConfig:
         return value
 
     def _check_combinations(self) -> None:
-        from .compressors import available_compressors
-
         if self.compressor_type not in available_compressors():
             known = ", ".join(available_compressors())
             raise ValueError(
@@ -200,8 +200,6 @@ class ADMSConfig:
     @property
     def query_slots(self) -> int:
         """Queries a layer stores per query head: those since the last compaction, and the window if a fit needs it."""
-        from .compressors import get_compressor
-
         if self.middle_allocation == 0:
             return 0
         window = self.attention_window if get_compressor(self.compressor_type).needs_queries else 0

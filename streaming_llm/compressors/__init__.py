@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from .attention_matching import AttentionMatchingCompressor
+from .base import Compressor
+from .low_rank import LowRankCompressor
+from .vq import VQCompressor
 
-if TYPE_CHECKING:
-    from .base import Compressor
-
-_REGISTRY: dict[str, type[Compressor]] = {}
+_REGISTRY: dict[str, type[Compressor]] = {
+    "low_rank": LowRankCompressor,
+    "vq": VQCompressor,
+    "attention_matching": AttentionMatchingCompressor,
+}
 
 
 def register_compressor(name: str, compressor: type[Compressor]) -> None:
@@ -15,13 +19,10 @@ def register_compressor(name: str, compressor: type[Compressor]) -> None:
 
     Raises `TypeError` when it is not a subclass of `Compressor`, `ValueError` when the name is taken by another class.
     """
-    from .base import Compressor
-
     if not isinstance(name, str) or not name:
         raise TypeError(f"name={name!r} must be a non-empty string")
     if not (isinstance(compressor, type) and issubclass(compressor, Compressor)):
         raise TypeError(f"compressor={compressor!r} must be a subclass of streaming_llm.compressors.base.Compressor")
-    _load()
     if _REGISTRY.get(name, compressor) is not compressor:
         raise ValueError(f"name={name!r} is already taken by {_REGISTRY[name].__name__}")
     _REGISTRY[name] = compressor
@@ -29,7 +30,6 @@ def register_compressor(name: str, compressor: type[Compressor]) -> None:
 
 def get_compressor(name: str) -> type[Compressor]:
     """The registered class; `ValueError` names what is registered when there is none."""
-    _load()
     if name not in _REGISTRY:
         raise ValueError(f"compressor_type={name!r} is not registered: use one of {', '.join(_REGISTRY)}")
     return _REGISTRY[name]
@@ -37,15 +37,4 @@ def get_compressor(name: str) -> type[Compressor]:
 
 def available_compressors() -> tuple[str, ...]:
     """Names that `compressor_type` may have."""
-    _load()
     return tuple(_REGISTRY)
-
-
-def _load() -> None:
-    if "low_rank" in _REGISTRY:
-        return
-    from .attention_matching import AttentionMatchingCompressor
-    from .low_rank import LowRankCompressor
-    from .vq import VQCompressor
-
-    _REGISTRY.update(low_rank=LowRankCompressor, vq=VQCompressor, attention_matching=AttentionMatchingCompressor)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from ..config import ADMSConfig
 from ..importance import Queries, attention_logits, remember
 from ..tokens import WeightedTokens
+
+if TYPE_CHECKING:
+    from ..config import ADMSConfig
 
 
 @dataclass
