@@ -15,7 +15,7 @@ from .cache import ADMSKVCache
 from .compressors import register_compressor
 from .compressors.base import Compressor, Reference, reference_probabilities
 from .enable import enable_adms_llm, enable_streaming_llm
-from .tokens import WeightedTokens, top_slots
+from .tokens import WeightedTokens, top_in_order
 
 
 class Eviction(Compressor):
@@ -34,10 +34,9 @@ class Eviction(Compressor):
         least: int | None = None,
     ) -> WeightedTokens:
         """See `Compressor.compress`; `count` of what is evicted is lost with it."""
-        index, picked = top_slots(self.scores(tokens, reference), tokens.valid, width, budget)
         # In the order of the stream: SnapKV's pooling is over neighbours.
-        order = torch.where(picked, index, tokens.length).argsort(dim=2)
-        return tokens.gather(index.gather(2, order)).where_valid(picked.gather(2, order))
+        index, picked = top_in_order(self.scores(tokens, reference), tokens.valid, width, budget)
+        return tokens.gather(index).where_valid(picked)
 
 
 class H2O(Eviction):

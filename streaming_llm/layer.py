@@ -20,8 +20,6 @@ from .tokens import EXACT, PRECISION, RECENT, SINK, WeightedTokens, concatenate,
 
 # Of a prefill's queries before its last window, every fourth is scored: nearly as telling, at a quarter of the cost.
 _PREFILL_STEP = 4
-# Of the queries since the last compaction all are scored: every second was measured to be worse.
-_STREAM_STEP = 1
 
 if TYPE_CHECKING:
     from .group import LayerGroup
@@ -317,7 +315,7 @@ class ADMSLayer(CacheLayerMixin):
             self._save()
             self._fold_stored(self.length - new)
             if new >= slots:
-                self._fold(Queries(states, self.query_scale, real, self.query_softcap), self.held, _STREAM_STEP)
+                self._fold(Queries(states, self.query_scale, real, self.query_softcap), self.held)
                 states = states[:, :, :, -slots:]
                 real = None if real is None else real[:, -slots:]
                 self._keep_queries(0)
@@ -386,6 +384,7 @@ class ADMSLayer(CacheLayerMixin):
         return Queries(states, self.query_scale, real, self.query_softcap)
 
     def _fold(self, queries: Queries, held: WeightedTokens, step: int = 1) -> None:
+        # Of the queries since the last compaction all are scored: every second was measured to be worse.
         if held.length:
             with self._timed():
                 mass, square = attention_statistics(queries.every(step), held.keys, held.beta)
@@ -395,7 +394,7 @@ class ADMSLayer(CacheLayerMixin):
         """Fold the queries not folded yet; the newest of them belongs to the token in slot `length - 1`."""
         queries = self._stored(self.query_folded)
         if queries is not None:
-            self._fold(queries, self.buffer.slice(0, length), _STREAM_STEP)
+            self._fold(queries, self.buffer.slice(0, length))
         self.query_folded = self.query_count
 
     def _observe_prefill(self, states: torch.Tensor, real: torch.Tensor | None, held: WeightedTokens) -> None:
@@ -409,7 +408,7 @@ class ADMSLayer(CacheLayerMixin):
             stop = min(new, start + window)
             valid = None if real is None else real[:, start:stop]
             part = Queries(states[:, :, :, start:stop], self.query_scale, valid, self.query_softcap)
-            self._fold(part, held.slice(0, before + stop), _STREAM_STEP if stop == new else _PREFILL_STEP)
+            self._fold(part, held.slice(0, before + stop), 1 if stop == new else _PREFILL_STEP)
         self._keep_queries(0)
         self._allocate_queries(states)
         last = min(new, self.config.query_slots)
@@ -596,10 +595,7 @@ class ADMSLayer(CacheLayerMixin):
         self.length -= gone
         self.seen -= gone
         self._reuse(self.length, self.length + gone)
-        self._keep_first_queries(self.query_count - gone)
-
-    def _keep_first_queries(self, keep: int) -> None:
-        self.query_count = max(0, min(keep, self.query_count))
+        self.query_count = max(0, self.query_count - gone)
         self.query_folded = min(self.query_folded, self.query_count)
 
     def reset(self) -> None:

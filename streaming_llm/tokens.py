@@ -180,3 +180,22 @@ def top_slots(
     if budget is not None:
         picked &= torch.arange(width, device=priority.device) < budget[..., None]
     return index, picked
+
+
+def top_in_order(
+    priority: torch.Tensor,
+    valid: torch.Tensor,
+    width: int,
+    budget: torch.Tensor | None = None,
+    pinned: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `top_slots`, in the order of the slots instead of their priority, what is not picked last.
+
+    Args:
+        pinned: slots that come before all others, bool, as `priority` (which then must be at least 0).
+    """
+    if pinned is not None:
+        priority = priority + pinned * (priority.masked_fill(~valid, 0.0).amax(-1, keepdim=True) + 1.0)
+    index, picked = top_slots(priority, valid, width, budget)
+    order = torch.where(picked, index, priority.shape[-1]).argsort(dim=2)
+    return index.gather(2, order), picked.gather(2, order)

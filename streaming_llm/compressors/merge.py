@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ..tokens import EXACT, PRECISION, UNUSED, WeightedTokens, gather_tokens, top_slots
+from ..tokens import EXACT, PRECISION, UNUSED, WeightedTokens, gather_tokens, top_in_order
 from .base import Reference
 
 _TINY = 1e-12
@@ -141,8 +141,5 @@ def keep_best(
 
     Arguments as for `merge_into` and `Compressor.compress`. The kept tokens come in the order they had.
     """
-    lift = priority.masked_fill(~tokens.valid, 0.0).amax(-1, keepdim=True) + 1.0
-    index, picked = top_slots(priority + reference.pinned * lift, tokens.valid, width, budget)
-    order = torch.where(picked, index, tokens.length).argsort(dim=2)
-    index, picked = index.gather(2, order), picked.gather(2, order)
+    index, picked = top_in_order(priority, tokens.valid, width, budget, reference.pinned)
     return merge_into(tokens, reference, index, picked, least, protect_exact)

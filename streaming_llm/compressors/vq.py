@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from ..tokens import EXACT, PRECISION, UNUSED, WeightedTokens, concatenate, top_slots
+from ..tokens import EXACT, PRECISION, UNUSED, WeightedTokens, concatenate, top_in_order
 from .base import Compressor, Reference, reference_probabilities
 from .merge import squared_distance
 
@@ -81,13 +81,9 @@ class VQCompressor(Compressor):
         fewest = width if least is None else least
         pins = max(self.config.min_importance_tokens, round(self.config.importance_ratio * fewest))
         clusters = max(1, min(self.config.num_clusters, fewest - pins))
-        lift = reference.weight.masked_fill(~tokens.valid, 0.0).amax(-1, keepdim=True) + 1.0
-        priority = reference.weight + reference.pinned * lift
         exact_width = width - clusters
         exact_budget = None if budget is None else (budget - clusters).clamp_min(0)
-        index, picked = top_slots(priority, tokens.valid, exact_width, exact_budget)
-        order = torch.where(picked, index, tokens.length).argsort(dim=2)
-        index, picked = index.gather(2, order), picked.gather(2, order)
+        index, picked = top_in_order(reference.weight, tokens.valid, exact_width, exact_budget, reference.pinned)
         exact = tokens.gather(index).where_valid(picked)
         exact.tier = torch.where(picked, torch.where(exact.count == 1, EXACT, PRECISION), UNUSED).to(torch.int8)
         taken = torch.zeros_like(tokens.valid).scatter(2, index, picked)
