@@ -4,27 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
-from .config import FEATURES, ADMSConfig, layer_windows
-from .group import group_layers
+from .by_hand import ByHandMixin
+from .calibration import CalibrationMixin
+from .config import ADMSConfig, layer_windows
+from .controller import ControllerMixin
+from .dual_fidelity import DualFidelityMixin
+from .group import can_plan, group_layers, plan_budgets
 from .layer import ADMSLayer, Arrival, NonFiniteError
+from .replay import ReplayMixin
+from .rope import Rope
 from .stats import StatsMixin
 
 logger = logging.getLogger(__name__)
 
+# Compactions after which layers trade budget for the first time, then after twice as many each time (much is still to be
+# learnt), and at last every so many.
+PLANNED_FIRST, PLANNED_EVERY = 2, 64
+
 
 def _layer(config: ADMSConfig, wired: bool) -> ADMSLayer:
-    # Without log-mass nothing tells attention which slots are unused, so budgets can't differ between heads.
-    if not wired and config.use_adaptive_budget:
-        config = dataclasses.replace(config, use_adaptive_budget=False)
+    # Without log-mass nothing tells attention which slots are unused, so budgets can't differ between heads, nor may slots
+    # stay empty: what sketches and replay would use is the precision tier's.
+    modules = ("use_adaptive_budget", "enable_adaptive_controller", "enable_dual_fidelity", "enable_residual_replay")
+    if not wired and any(getattr(config, name) for name in modules):
+        off = dict.fromkeys(modules, False)
+        whole = config.middle_allocation
+        config = dataclasses.replace(config, **off, sketch_budget=0, replay_budget=0, compressed_budget=whole)
     return ADMSLayer(config, wired)
 
 
-class ADMSKVCache(StatsMixin, Cache):
+class ADMSKVCache(DualFidelityMixin, ReplayMixin, CalibrationMixin, ControllerMixin, ByHandMixin, StatsMixin, Cache):
     """A `transformers.Cache` that keeps a bounded, weighted set of tokens per (layer, KV head).
 
     Made by `enable_adms_llm(model, ...)`, which also lets the model's attention see the tokens' log-mass; made by hand it
@@ -36,6 +51,7 @@ class ADMSKVCache(StatsMixin, Cache):
             transformers' own layer). None: layers appear as they are used.
         wired: True when the model's attention shows its queries (set by `enable_adms_llm`).
         layers_at_once: layers whose buffers are one and which are compacted in one call; they must be on one device.
+        ropes: how each layer's keys turn with position, for the calibration; None where that is not known.
 
     Attributes:
         profile: set to True to have `compaction_seconds` count the time compaction takes (waits for the device).
@@ -47,29 +63,32 @@ class ADMSKVCache(StatsMixin, Cache):
         model_config: Any = None,
         wired: bool = False,
         layers_at_once: int = 1,
+        ropes: Sequence[Rope] | None = None,
     ):
         config = ADMSConfig() if config is None else config
         if not isinstance(config, ADMSConfig):
             raise TypeError(f"config={config!r} must be an ADMSConfig")
-        missing = [name for name in FEATURES if getattr(config, name)]
-        if missing:
-            raise NotImplementedError(f"{missing[0]}=True is not available in this version: set it to False")
         layers = []
         if model_config is not None:
             config.check_model(model_config)
             text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
             for window in layer_windows(text):
                 layers.append(_layer(config, wired) if window is None else DynamicSlidingWindowLayer(window))
+        for layer, rope in zip(layers, ropes or (), strict=False):
+            layer.rope = rope
         super().__init__(layers=layers)
         self.config = config
         self.wired = wired
         self.layers_at_once = layers_at_once
         group_layers(self._full_layers(), layers_at_once)
         self.broken: str | None = None
+        self._next_plan = PLANNED_FIRST
         self._arrival: Arrival | None = None
         self._length_override: int | None = None
         self._told_unwired = False
         self._profile = False
+        self._hand_counts: dict[str, int] = {}
+        self._variances: dict[int, dict[int, float]] = {}
 
     # -- what transformers asks ------------------------------------------------------------------------------------------
 
@@ -79,9 +98,7 @@ class ADMSKVCache(StatsMixin, Cache):
         """Append one layer's new tokens and return what its queries attend to; see `ADMSLayer.update`."""
         if self.broken:
             raise RuntimeError(f"the cache can't be used any more: {self.broken}. Call cache.reset() or make a new one")
-        while len(self.layers) <= layer_idx:
-            self.layers.append(_layer(self.config, self.wired))
-            self.layers[-1].profile = self._profile
+        self._make_layers(layer_idx)
         layer = self.layers[layer_idx]
         if not isinstance(layer, ADMSLayer):
             return layer.update(key_states, value_states, *args, **kwargs)
@@ -96,6 +113,11 @@ class ADMSKVCache(StatsMixin, Cache):
         if layer is self._last_full_layer():
             self._log_every_512(layer.seen, key_states.shape[2])
         return states
+
+    def _make_layers(self, layer_idx: int) -> None:
+        while len(self.layers) <= layer_idx:
+            self.layers.append(_layer(self.config, self.wired))
+            self.layers[-1].profile = self._profile
 
     def _full_layers(self) -> list[ADMSLayer]:
         return [layer for layer in self.layers if isinstance(layer, ADMSLayer)]
@@ -124,7 +146,10 @@ class ADMSKVCache(StatsMixin, Cache):
         """Forget everything: the cache is as new, its settings stay."""
         super().reset()
         group_layers(self._full_layers(), self.layers_at_once)
+        self._hand_counts = {}
+        self._variances = {}
         self.broken = None
+        self._next_plan = PLANNED_FIRST
         self._arrival = None
         self._length_override = None
 
@@ -144,6 +169,18 @@ class ADMSKVCache(StatsMixin, Cache):
             if bool(real.all()):
                 real = None
         self._arrival = Arrival(positions=positions, real=real)
+        if self.config.enable_adaptive_controller and self.config.controller_scope == "model" and self.wired:
+            self._plan_budgets(new)
+
+    def _plan_budgets(self, new: int) -> None:
+        """Let layers trade budget, where a compaction is due and enough was measured since the last time."""
+        layers = self._full_layers()
+        first = layers[0] if layers else None
+        if first is None or self.broken or not first.will_compact(new) or not can_plan(layers):
+            return
+        if first.rounds >= self._next_plan:
+            self._next_plan = min(2 * first.rounds, first.rounds + PLANNED_EVERY)
+            plan_budgets(layers, self.layers_at_once)
 
     def end_forward(self) -> None:
         """The forward pass went well. Raises `NonFiniteError` (and takes it back) where it brought NaN or infinity."""
@@ -238,9 +275,13 @@ class ADMSKVCache(StatsMixin, Cache):
 
     @property
     def held_tokens(self) -> int:
-        """Most tokens any layer and row holds now, per head (averaged over the layer's heads where budgets differ)."""
-        counts = [layer.held_tokens().max().ceil() for layer in self._full_layers()]
-        return int(torch.stack([count.cpu() for count in counts]).max()) if counts else 0
+        """Most tokens any row holds now, per head: of any layer, averaged over what shares a total where budgets differ."""
+        counts = [layer.held_tokens().cpu() for layer in self._full_layers() if layer.is_initialized]
+        if not counts:
+            return 0
+        counts = torch.stack(counts)
+        together = self.config.enable_adaptive_controller and self.config.controller_scope == "model"
+        return int((counts.mean(0) if together else counts).max().ceil())
 
     @property
     def nbytes(self) -> int:
@@ -248,11 +289,14 @@ class ADMSKVCache(StatsMixin, Cache):
         return sum(self.memory_report().values())
 
     def memory_report(self) -> dict[str, int]:
-        """Bytes by use: `attended` (tokens and their bookkeeping), `query_window`, `sliding` (transformers' own layers)."""
-        report = {"attended": 0, "query_window": 0, "sliding": 0}
+        """Bytes by use: `attended` (tokens and their bookkeeping), `query_window`, `originals` (outside the attended set),
+        `modules` (what calibration, controller and replay remember), `sliding` (transformers' own layers)."""
+        report = {"attended": 0, "query_window": 0, "originals": 0, "modules": 0, "sliding": 0}
         for layer in self.layers:
             if isinstance(layer, ADMSLayer):
-                report["attended"] += layer.nbytes - layer.query_nbytes
+                report["originals"] += layer.original_nbytes
+                report["modules"] += layer.state_nbytes
+                report["attended"] += layer.nbytes - layer.query_nbytes - layer.original_nbytes - layer.state_nbytes
                 report["query_window"] += layer.query_nbytes
             elif layer.is_initialized:
                 report["sliding"] += sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))

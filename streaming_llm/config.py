@@ -13,6 +13,7 @@ from .compressors import available_compressors, get_compressor
 
 SKETCH_REDUCTIONS = ("mean", "sum", "first")
 ANCHOR_MODES = ("mean", "grid", "hybrid")
+CONTROLLER_SCOPES = ("layer", "model")
 IMPORTANCE_METRICS = ("attention", "value_norm", "key_norm", "mixed")
 FEATURES = (
     "enable_dual_fidelity",
@@ -30,9 +31,16 @@ ADM_PLUS_PLUS = {
     "enable_adaptive_controller": True,
     "controller_gain": 0.35,
     "controller_group_size": 2,
+    "controller_scope": "model",
 }
 # Per-token bookkeeping beside key and value: log-mass, position, score, mass, square (float32), count (int32), tier (int8).
 BOOKKEEPING_BYTES = 6 * 4 + 1
+# Per stored original beside key and value: position, share, score (float32), stand-in and arrival (int64).
+ORIGINAL_BYTES = 3 * 4 + 2 * 8
+# Per head: the controller's and replay's state, and what the calibration keeps beside its anchors.
+CONTROLLER_BYTES, REPLAY_BYTES, CALIBRATION_BYTES = 2 * 4 + 2 * 8, 4 + 8, 8 + 2 * 4 + 1
+# Originals a head keeps for replay, as a multiple of `replay_budget`.
+REPLAY_BANK = 4
 
 
 def _setting(default: Any, help: str, **limits: Any) -> Any:
@@ -91,6 +99,10 @@ class ADMSConfig:
     enable_dual_fidelity: bool = _setting(False, "keep what overflows the precision tier as sketches")
     sketch_budget: int = _setting(0, "tokens of the sketch tier", low=0)
     sketch_reduction: str = _setting("mean", "how tokens become a sketch", options=SKETCH_REDUCTIONS)
+    sketch_originals: int = _setting(
+        256, "originals of sketched tokens a head keeps outside the attended set, for promotion", low=0
+    )
+    promotion_budget: int = _setting(4, "most sketches a head promotes at a compaction", low=0)
     enable_residual_replay: bool = _setting(False, "re-inject originals while reconstruction is poor")
     replay_budget: int = _setting(0, "tokens of the replay tier", low=0)
     energy_replay_threshold: float = _setting(0.9, "spectral energy below which originals are replayed", above=0.0, high=1.0)
@@ -102,6 +114,11 @@ class ADMSConfig:
     controller_energy_floor: float = _setting(0.8, "energy below which a head's budget grows", low=0.0, high=1.0)
     controller_energy_ceiling: float = _setting(0.97, "energy above which a head's budget shrinks", low=0.0, high=1.0)
     controller_group_size: int = _setting(1, "heads that share a budget decision", low=1)
+    controller_scope: str = _setting(
+        "layer",
+        "what keeps its total while budgets move: each layer, or the model (a layer's heads then have one budget)",
+        options=CONTROLLER_SCOPES,
+    )
     use_adaptive_budget: bool = _setting(False, "budgets in proportion to the variance of a head's middle")
     adaptive_budget_floor: float = _setting(0.5, "smallest multiple of compressed_budget a head gets", low=0.0, high=1.0)
     adaptive_budget_cap: float = _setting(2.5, "largest multiple of compressed_budget a head gets", low=1.0)
@@ -173,6 +190,20 @@ class ADMSConfig:
         return max(self.start_size, self.max_seq_length // 100)
 
     @property
+    def precision_slots(self) -> int:
+        """Slots of `compressed_budget` each head's buffer has: the widest head's, where budgets differ within a layer."""
+        if self.use_adaptive_budget:
+            return math.ceil(self.compressed_budget * self.adaptive_budget_cap)
+        if self.enable_adaptive_controller and self.controller_scope == "layer":
+            return 2 * self.compressed_budget
+        return self.compressed_budget
+
+    @property
+    def original_slots(self) -> int:
+        """Originals each head keeps outside the attended set."""
+        return max(self.sketch_originals if self.sketch_budget else 0, REPLAY_BANK * self.replay_budget)
+
+    @property
     def middle_allocation(self) -> int:
         """Tokens between sinks and recent window after a compaction (per head, on average over a layer's heads)."""
         return self.compressed_budget + self.sketch_budget + self.replay_budget
@@ -185,12 +216,7 @@ class ADMSConfig:
     @property
     def widest_middle(self) -> int:
         """Middle slots each head's buffer has: the widest head's, where budgets differ between heads."""
-        compressed = self.compressed_budget
-        if self.use_adaptive_budget:
-            compressed = math.ceil(compressed * self.adaptive_budget_cap)
-        elif self.enable_adaptive_controller:
-            compressed *= 2
-        return compressed + self.sketch_budget + self.replay_budget
+        return self.precision_slots + self.sketch_budget + self.replay_budget
 
     @property
     def buffer_tokens(self) -> int:
@@ -217,7 +243,11 @@ class ADMSConfig:
         shape = _ModelShape.of(model_config, dtype)
         token = shape.head_dim * 2 * shape.itemsize + BOOKKEEPING_BYTES
         queries = self.query_slots * shape.groups * shape.head_dim * shape.itemsize
-        full = shape.full_layers * shape.kv_heads * (self.buffer_tokens * token + queries)
+        original = shape.head_dim * 2 * shape.itemsize + ORIGINAL_BYTES
+        modules = 2 * 4 * self.calibration_window + CALIBRATION_BYTES if self.enable_position_calibration else 0
+        modules += CONTROLLER_BYTES * self.enable_adaptive_controller + REPLAY_BYTES * bool(self.replay_budget)
+        head = self.buffer_tokens * token + queries + self.original_slots * original + modules
+        full = shape.full_layers * shape.kv_heads * head
         sliding = shape.sliding_tokens * shape.kv_heads * shape.head_dim * 2 * shape.itemsize
         return batch_size * (full + sliding)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import logging
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from .attention import BASES, PREFIX, register
 from .cache import ADMSKVCache
 from .config import ADMSConfig
 from .group import CPU_LAYERS
+from .rope import Rope, rope_layers
 
 # Model types whose attention was tested with the cache (tests/test_families.py holds the list to its word).
 SUPPORTED_MODEL_TYPES = (
@@ -29,6 +32,8 @@ SUPPORTED_MODEL_TYPES = (
     "smollm3",
 )
 _STATE = "_adms_wiring"
+
+logger = logging.getLogger("streaming_llm")
 
 
 def enable_adms_llm(model: PreTrainedModel, config: ADMSConfig | None = None, **settings: Any) -> ADMSKVCache:
@@ -51,7 +56,11 @@ def enable_adms_llm(model: PreTrainedModel, config: ADMSConfig | None = None, **
     if config is None:
         config = ADMSConfig.from_dict(settings)
     base = _check_model(model)
-    cache = ADMSKVCache(config, model_config=model.config, wired=True, layers_at_once=_layers_at_once(model))
+    ropes = _ropes(model, config, explicit=bool(settings.get("enable_position_calibration")))
+    if ropes is None and config.enable_position_calibration:
+        config = dataclasses.replace(config, enable_position_calibration=False)
+    at_once = _layers_at_once(model)
+    cache = ADMSKVCache(config, model_config=model.config, wired=True, layers_at_once=at_once, ropes=ropes)
     _wire(model, base)
     return cache
 
@@ -110,6 +119,23 @@ def _check_model(model: PreTrainedModel) -> str:
             f"attn_implementation='sdpa' or call model.set_attn_implementation('sdpa') (supported: {', '.join(BASES)})"
         )
     return base
+
+
+def _ropes(model: PreTrainedModel, config: ADMSConfig, explicit: bool) -> tuple[Rope, ...] | None:
+    """How each layer's keys turn with position; None where the calibration needs no such thing or can't have it."""
+    if not config.enable_position_calibration:
+        return None
+    try:
+        ropes = rope_layers(model)
+        reason = None if any(rope.rotates for rope in ropes) else f"model type {model.config.model_type!r} has no RoPE"
+    except ValueError as error:
+        ropes, reason = None, str(error)
+    if reason is None:
+        return ropes
+    if explicit:
+        raise ValueError(f"enable_position_calibration=True can't be: {reason}; set it to False")
+    logger.warning("position calibration is off: %s", reason)
+    return None
 
 
 def _layers_at_once(model: PreTrainedModel) -> int:

@@ -6,14 +6,20 @@ at a time, as many as stay in its caches.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
-from .layer import ADMSLayer
+from .controller import layer_budgets
+from .layer import COUNTS, STATES, ADMSLayer
+from .state import HeadState
 from .tokens import WeightedTokens
 
 CPU_LAYERS = 8
 _SHARED = (
     "length",
+    "width",
+    "rounds",
     "compacted",
     "padded",
     "queries_seen",
@@ -41,8 +47,10 @@ class LayerGroup:
         """The part of the buffer that belongs to `layer`, for states shaped like `keys` and `values`."""
         if self.whole is None:
             self.whole = ADMSLayer(layer.config, layer.wired)
-            self.whole.dtype, self.whole.device = keys.dtype, keys.device
-            self.whole.buffer = WeightedTokens.empty(keys, values, layer.config.buffer_tokens, copies=len(self.layers))
+            self.whole.dtype, self.whole.device, self.whole.rope = keys.dtype, keys.device, layer.rope
+            self.whole.buffer = WeightedTokens.empty(keys, values, layer.slots, copies=len(self.layers))
+            for name, state in layer.new_states(keys, values, copies=len(self.layers)).items():
+                setattr(self.whole, name, state)
         held = self.whole.buffer
         rows = held.keys.shape[0] // len(self.layers)
         fits = (rows, *keys.shape[1:2], keys.shape[3], values.shape[3], keys.dtype, keys.device) == (
@@ -55,13 +63,17 @@ class LayerGroup:
         )
         if not fits:
             layer.group = None
-            return WeightedTokens.empty(keys, values, layer.config.buffer_tokens)
+            return WeightedTokens.empty(keys, values, layer.slots)
         return held.map(lambda tensor: self._part(layer, tensor))
 
     def _part(self, layer: ADMSLayer, tensor: torch.Tensor) -> torch.Tensor:
         rows = tensor.shape[0] // len(self.layers)
         number = next(i for i, member in enumerate(self.layers) if member is layer)
         return tensor[number * rows : (number + 1) * rows]
+
+    def state(self, layer: ADMSLayer, name: str, keys: torch.Tensor, values: torch.Tensor) -> HeadState:
+        """The part of a module's shared state that belongs to `layer`."""
+        return getattr(self.whole, name).map(lambda tensor: self._part(layer, tensor))
 
     def query_buffer(self, layer: ADMSLayer, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
         """The part of the shared query buffer that belongs to `layer`, zeros of `shape` `[batch, ...]` at first."""
@@ -93,14 +105,17 @@ class LayerGroup:
             for layer in self.layers
         )
 
-    def compact(self) -> None:
-        """Compact all layers in one call."""
+    def compact(self, width: int | None = None) -> None:
+        """Compact all layers in one call; `width` as for `ADMSLayer.compact`."""
         whole, first = self.whole, self.layers[0]
         for name in _SHARED:
             setattr(whole, name, getattr(first, name))
         whole.profile = first.profile
-        before = whole.compressions
-        whole.compact()
+        before, buffer = whole.compressions, whole.buffer
+        whole.compact(width)
+        if whole.buffer is not buffer:
+            for layer in self.layers:
+                layer.buffer = whole.buffer.map(lambda tensor, layer=layer: self._part(layer, tensor))
         for layer in self.layers:
             for name in _SHARED:
                 setattr(layer, name, getattr(whole, name))
@@ -120,13 +135,77 @@ class LayerGroup:
 
     def _hand_out_counts(self) -> None:
         whole = self.whole
-        for name in ("kept_exact", "kept_compressed", "dropped", "compaction_seconds"):
+        for name in (*COUNTS, "compaction_seconds"):
             setattr(self.layers[0], name, getattr(self.layers[0], name) + getattr(whole, name))
             setattr(whole, name, 0)
 
+    @classmethod
+    def of(cls, layers: list[ADMSLayer]) -> LayerGroup:
+        """A group of layers that hold tokens already, all of the same shape: what each has is copied into one storage."""
+        group = cls(layers)
+        first = layers[0]
+        group.whole = whole = ADMSLayer(first.config, first.wired)
+        whole.dtype, whole.device, whole.rope = first.dtype, first.device, first.rope
+        names = ("buffer", "query_buffer", "query_real", *STATES)
+        for name in names:
+            parts = [getattr(layer, name) for layer in layers]
+            if parts[0] is None:
+                continue
+            if isinstance(parts[0], torch.Tensor):
+                setattr(whole, name, torch.cat(parts))
+                for layer in layers:
+                    setattr(layer, name, group._part(layer, getattr(whole, name)))
+                continue
+            kind = type(parts[0])
+            shared = kind(**{key: torch.cat([part.tensors()[key] for part in parts]) for key in parts[0].tensors()})
+            setattr(whole, name, shared)
+            for layer in layers:
+                setattr(layer, name, shared.map(lambda tensor, layer=layer: group._part(layer, tensor)))
+        return group
+
 
 def group_layers(layers: list[ADMSLayer], size: int) -> None:
-    """Let every `size` layers, in their order, share a buffer from their first token on."""
+    """Let every `size` layers, in their order, share a buffer from their first token on.
+
+    Layers whose keys turn differently with position are never together.
+    """
     if size > 1:
-        for start in range(0, len(layers), size):
-            LayerGroup(layers[start : start + size])
+        for _, run in itertools.groupby(layers, key=lambda layer: layer.rope):
+            alike = list(run)
+            for start in range(0, len(alike), size):
+                LayerGroup(alike[start : start + size])
+
+
+def plan_budgets(layers: list[ADMSLayer], size: int) -> None:
+    """Share the model's budget between its layers by what each loses, and compact each to its own; see `controller.py`.
+
+    Called when all layers are about to compact. It asks the device once for all of them, which is why it is done rarely.
+
+    Args:
+        layers: the model's layers of full attention, at the same point of the stream.
+        size: layers of equal budget to put into one group, from now on.
+    """
+    config = layers[0].config
+    lost = torch.stack([1.0 - layer.controller.energy.double().mean(-1).cpu() for layer in layers], dim=-1)
+    budgets = layer_budgets(lost, config.compressed_budget)
+    widest, least = budgets.amax(0).tolist(), budgets.amin(0).tolist()
+    others = config.sketch_budget + config.replay_budget
+    alike: dict[tuple, list[ADMSLayer]] = {}
+    for number, layer in enumerate(layers):
+        # By itself: what a compaction makes depends on its width, which layers compacted together would have to share.
+        layer.group = None
+        layer.planned = (budgets[:, number].to(layer.device), least[number])
+        layer.compact(others + widest[number])
+        key = (layer.width, least[number], layer.device, layer.dtype, layer.rope, tuple(layer.buffer.keys.shape))
+        alike.setdefault(key, []).append(layer)
+    if size > 1:
+        for members in alike.values():
+            for start in range(0, len(members), size):
+                group = LayerGroup.of(members[start : start + size])
+                group.whole.planned = (torch.cat([layer.planned[0] for layer in group.layers]), group.layers[0].planned[1])
+
+
+def can_plan(layers: list[ADMSLayer]) -> bool:
+    """Whether all layers hold tokens, are at the same point, and were measured."""
+    ready = all(layer.is_initialized and layer.overflow is None and layer.rounds for layer in layers)
+    return ready and all(layer.group is None or layer.group.ready for layer in layers)

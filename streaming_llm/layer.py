@@ -12,14 +12,44 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from .budgets import middle_variance, share_budget
+from .calibration import CalibrationState
 from .compressors import get_compressor
 from .compressors.base import Compressor, Reference
 from .config import ADMSConfig
+from .controller import (
+    QUERY_STEP,
+    ControllerState,
+    attention_output,
+    head_budgets,
+    reconstruction_energy,
+    update_controller,
+)
 from .importance import Queries, attention_statistics, importance, spread_over_segments
-from .tokens import EXACT, PRECISION, RECENT, SINK, WeightedTokens, concatenate, top_slots
+from .middle import compress_with_originals, place_made_tokens
+from .recall import Originals
+from .replay import ReplayState
+from .rope import Rope
+from .state import HeadState
+from .tokens import EXACT, PRECISION, RECENT, SINK, SKETCH, WeightedTokens, concatenate, top_slots
 
 # Of a prefill's queries before its last window, every fourth is scored: nearly as telling, at a quarter of the cost.
 _PREFILL_STEP = 4
+# The controller measures each of a layer's first compactions, then one in so many.
+_MEASURED_FIRST, _MEASURED_EVERY = 8, 4
+# What the modules remember of each head.
+STATES = ("originals", "replay_state", "calibration", "controller")
+# What a layer counts, handed from a group to its first layer.
+COUNTS = (
+    "kept_exact",
+    "kept_compressed",
+    "dropped",
+    "kept_sketches",
+    "promotions",
+    "replay_triggers",
+    "replayed",
+    "calibrations",
+    "adjustments",
+)
 
 if TYPE_CHECKING:
     from .group import LayerGroup
@@ -58,6 +88,7 @@ class ADMSLayer(CacheLayerMixin):
         self.config = config
         self.wired = wired
         self.compressor: Compressor = get_compressor(config.compressor_type)(config)
+        self.rope: Rope | None = None
         self.profile = False
         self.compaction_seconds = 0.0
         self._forget()
@@ -68,6 +99,8 @@ class ADMSLayer(CacheLayerMixin):
         self.overflow: WeightedTokens | None = None
         self.length = 0
         self.seen = 0
+        self.width = self.config.widest_middle
+        self.rounds = 0
         self.compacted = False
         self.padded = False
         self.is_initialized = False
@@ -80,10 +113,23 @@ class ADMSLayer(CacheLayerMixin):
         self.query_softcap: float | None = None
         self.variance_ema: torch.Tensor | None = None
         self.budgets: torch.Tensor | None = None
+        self.planned: tuple[torch.Tensor, int] | None = None
+        self.originals: Originals | None = None
+        self.replay_state: ReplayState | None = None
+        self.calibration: CalibrationState | None = None
+        self.controller: ControllerState | None = None
+        self.hand_sketches: WeightedTokens | None = None
+        self.replay_hand: Originals | None = None
         self.compressions = 0
         self.kept_exact: torch.Tensor | int = 0
         self.kept_compressed: torch.Tensor | int = 0
         self.dropped: torch.Tensor | int = 0
+        self.kept_sketches: torch.Tensor | int = 0
+        self.promotions: torch.Tensor | int = 0
+        self.replay_triggers: torch.Tensor | int = 0
+        self.replayed: torch.Tensor | int = 0
+        self.calibrations: torch.Tensor | int = 0
+        self.adjustments: torch.Tensor | int = 0
         self._bias: torch.Tensor | None = None
         self._unanswered = False
         self._undo: tuple[int, int, int, int] | None = None
@@ -119,20 +165,24 @@ class ADMSLayer(CacheLayerMixin):
     @property
     def resting_length(self) -> int:
         """Slots after a compaction."""
-        config = self.config
-        return config.dynamic_start_size + config.widest_middle + config.recent_size
+        return self.config.dynamic_start_size + self.width + self.config.recent_size
+
+    @property
+    def slots(self) -> int:
+        """Slots of the buffer; more than `expected_max_tokens` only where budgets differ."""
+        return self.resting_length + self.config.compression_interval
 
     @property
     def _can_compact(self) -> bool:
         """Whether there is more between sinks and recent window than the middle may hold."""
         fixed = self.config.dynamic_start_size + self.config.recent_size
-        width = self.config.widest_middle if self.compacted else self.config.middle_allocation
+        width = self.width if self.compacted else self.config.middle_allocation
         return self.length - fixed > width
 
     @property
     def capacity(self) -> int:
         """Slots that may be in use between two forward passes: `expected_max_tokens`, as wide as the widest head's."""
-        return self.config.buffer_tokens if self.compacted else self.config.expected_max_tokens
+        return self.slots if self.compacted else self.config.expected_max_tokens
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate the buffer for states of this shape, dtype and device."""
@@ -141,9 +191,29 @@ class ADMSLayer(CacheLayerMixin):
         if self.group is not None:
             self.buffer = self.group.allocate(self, key_states, value_states)
         else:
-            self.buffer = WeightedTokens.empty(key_states, value_states, self.config.buffer_tokens)
-        self.buffer.refresh(0, self.config.buffer_tokens)
+            self.buffer = WeightedTokens.empty(key_states, value_states, self.slots)
+        self.buffer.refresh(0, self.slots)
+        # What was tried by hand before has other rows and heads.
+        for name in (*STATES, "hand_sketches", "replay_hand"):
+            setattr(self, name, None)
+        for name, state in self.new_states(key_states, value_states).items():
+            setattr(self, name, state if self.group is None else self.group.state(self, name, key_states, value_states))
         self.is_initialized = True
+
+    def new_states(self, keys: torch.Tensor, values: torch.Tensor, copies: int = 1) -> dict[str, HeadState]:
+        """What the modules that are on remember, empty, for heads like those of `keys` and `copies` times as many rows."""
+        config = self.config
+        batch, heads, device = keys.shape[0] * copies, keys.shape[1], keys.device
+        states: dict[str, HeadState] = {}
+        if config.sketch_budget or config.replay_budget:
+            states["originals"] = Originals.empty(keys, values, config.original_slots, copies)
+        if config.replay_budget:
+            states["replay_state"] = ReplayState.empty(batch, heads, config.replay_budget, device)
+        if config.enable_position_calibration:
+            states["calibration"] = CalibrationState.empty(batch, heads, config.calibration_window, device)
+        if config.enable_adaptive_controller:
+            states["controller"] = ControllerState.empty(batch, heads, device)
+        return states
 
     def get_seq_length(self) -> int:
         """Tokens seen, held or not."""
@@ -157,9 +227,13 @@ class ADMSLayer(CacheLayerMixin):
 
     def _length_before(self, new: int) -> int:
         """Slots in use when `new` tokens are appended: fewer than now where they make a compaction necessary."""
-        if self.length + new > self.capacity and self._can_compact:
+        if self.will_compact(new):
             return self.resting_length
         return self.length
+
+    def will_compact(self, new: int) -> bool:
+        """Whether `new` more tokens make a compaction necessary."""
+        return self.length + new > self.capacity and self._can_compact
 
     def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
         """Length and offset of the keys that the next `query_length` queries will see.
@@ -189,7 +263,7 @@ class ADMSLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[2]
-        if self.length + new > self.capacity and self._can_compact:
+        if self.will_compact(new):
             if self.group is not None and self.group.ready:
                 self.group.compact()
             else:
@@ -418,8 +492,12 @@ class ADMSLayer(CacheLayerMixin):
     # -- compaction ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def compact(self) -> None:
-        """Reduce the middle to its budget; sinks and recent window stay. Nothing happens while the middle fits."""
+    def compact(self, width: int | None = None) -> None:
+        """Reduce the middle to its budget; sinks and recent window stay. Nothing happens while the middle fits.
+
+        Args:
+            width: slots the middle has from now on, where budgets move between layers; None for as many as now.
+        """
         with self._timed():
             source = self.overflow
             if source is None:
@@ -427,7 +505,8 @@ class ADMSLayer(CacheLayerMixin):
                 source = self.held
             if self.padded and not self.compacted:
                 source = self._rows_aligned(source)
-            sinks, width, recent = self.config.dynamic_start_size, self.config.widest_middle, self.config.recent_size
+            sinks, recent = self.config.dynamic_start_size, self.config.recent_size
+            width = self.width if width is None else width
             first, last = sinks, source.length - recent
             if self._can_compact:
                 if last - first <= width:
@@ -435,11 +514,16 @@ class ADMSLayer(CacheLayerMixin):
                     spare = WeightedTokens.empty(source.keys, source.values, width + 1 - (last - first))
                     source = concatenate([source.slice(0, last), spare, source.slice(last, source.length)])
                     last += spare.length
-                middle = self._compacted_middle(source, first, last) if width else None
+                measured = self._output_before(source)
+                middle = self._compacted_middle(source, first, last, width) if width else None
                 if middle is None:
                     self._count(source.slice(first, last), None)
                 recents = source.slice(last, source.length).map(torch.clone)
                 recents.tier.fill_(RECENT)
+                self.rounds += 1
+                if width != self.width:
+                    self.width = width
+                    self.buffer = WeightedTokens.empty(source.keys, source.values, self.slots)
                 if source.keys.data_ptr() != self.buffer.keys.data_ptr():
                     self.buffer.write(0, source.slice(0, first))
                 if middle is not None:
@@ -447,8 +531,10 @@ class ADMSLayer(CacheLayerMixin):
                 self.buffer.write(first + width, recents)
                 self.buffer.tier[:, :, :first] = SINK
                 self.length = first + width + recent
-                self.buffer.refresh(self.length, self.config.buffer_tokens)
+                self.buffer.refresh(self.length, self.slots)
                 self.compacted = True
+                if measured is not None:
+                    self._measure(*measured)
             elif self.overflow is not None:
                 self.buffer.write(0, source)
                 self.length = source.length
@@ -467,11 +553,59 @@ class ADMSLayer(CacheLayerMixin):
         order = (~sink).to(torch.int8).argsort(dim=2, stable=True)
         return source.gather(order.expand(source.beta.shape))
 
-    def _compacted_middle(self, source: WeightedTokens, first: int, last: int) -> WeightedTokens:
-        config = self.config
+    def _output_before(self, source: WeightedTokens) -> tuple[Queries, torch.Tensor, torch.Tensor] | None:
+        """For the controller, where this compaction is measured: queries, their output, the middle's attention mass."""
+        due = self.rounds < _MEASURED_FIRST or self.rounds % _MEASURED_EVERY == 0
+        queries = self._stored(0) if self.controller is not None and due else None
+        if queries is None:
+            return None
+        queries = queries.last(self.config.recent_size).every(QUERY_STEP)
+        first, last = self.config.dynamic_start_size, source.length - self.config.recent_size
+        mass = source.slice(first, last).mass.sum(-1)
+        return queries, attention_output(queries, source), mass
+
+    def _measure(self, queries: Queries, before: torch.Tensor, mass: torch.Tensor) -> None:
+        energy = reconstruction_energy(before, attention_output(queries, self.held))
+        update_controller(self.controller, energy, mass, self.config.controller_gain)
+
+    def _compacted_middle(self, source: WeightedTokens, first: int, last: int, width: int) -> WeightedTokens:
         tokens = source.slice(first, last)
-        width = config.widest_middle
-        budget, least = self._budget(tokens)
+        config = self.config
+        budget, least = self._budget(tokens, width)
+        if self.originals is None:
+            kept, _ = self.compressed(source, tokens, first, width, budget, least)
+            kept, moved = place_made_tokens(self, kept)
+            if moved:
+                order = torch.where(kept.valid, kept.pos, torch.inf).argsort(dim=2, stable=True)
+                kept = kept.gather(order)
+        else:
+            precision = width - config.sketch_budget - config.replay_budget
+            kept = compress_with_originals(self, source, tokens, first, precision, budget, least)
+        self._count(tokens, kept)
+        return kept
+
+    def compressed(
+        self,
+        source: WeightedTokens,
+        tokens: WeightedTokens,
+        first: int,
+        width: int,
+        budget: torch.Tensor | None,
+        least: int,
+    ) -> tuple[WeightedTokens, torch.Tensor | None]:
+        """The exact and precision tiers made of `tokens`.
+
+        Args:
+            source: everything the heads hold, the tokens in place of the middle.
+            tokens: the candidates; slots with `beta = -inf` are none.
+            first: index in `source` of the first of them.
+            width: slots to return; budget: tokens each head may keep, None for `width`; least: the fewest any head may.
+
+        Returns:
+            `(kept, assigned)`: `width` slots in the order of the stream, and which of them each token went to (None where
+            the compressor does not tell).
+        """
+        config = self.config
         worth = importance(tokens, config.importance_metric, config.attention_blend, self.queries_seen)
         exact = max(config.min_importance_tokens, round(config.importance_ratio * width))
         if tokens.length < config.min_middle_size_for_compress:
@@ -497,22 +631,37 @@ class ADMSLayer(CacheLayerMixin):
             log_mass=self.wired and self.queries_seen,
         )
         kept = self.compressor.compress(tokens, reference, width, budget, least)
-        self._count(tokens, kept)
-        return kept
+        return kept, reference.assigned
 
-    def _budget(self, tokens: WeightedTokens) -> tuple[torch.Tensor | None, int]:
-        """Tokens each head may keep `[batch, kv_heads]` (None: all the same), and the fewest any head may."""
+    def _budget(self, tokens: WeightedTokens, width: int) -> tuple[torch.Tensor | None, int]:
+        """Tokens each head's precision tier may keep `[batch, kv_heads]` (None: all the same), and the fewest any may."""
         config = self.config
+        precision = width - config.sketch_budget - config.replay_budget
+        if self.planned is not None:
+            budgets, least = self.planned
+            self._adjust(budgets[:, None].expand(tokens.beta.shape[:2]))
+            return self.controller.budgets, least
+        if self.controller is not None and config.controller_scope == "layer":
+            floor, ceiling = config.controller_energy_floor, config.controller_energy_ceiling
+            base = config.compressed_budget
+            self._adjust(head_budgets(self.controller, base, floor, ceiling, config.controller_group_size))
+            return self.controller.budgets, min(1, base)
         if not config.use_adaptive_budget:
-            return None, config.widest_middle
+            return None, precision
         variance = middle_variance(tokens.keys, tokens.values, tokens.valid)
         if self.variance_ema is None:
             self.variance_ema = variance
         else:
             self.variance_ema = self.variance_ema.lerp(variance, config.adaptive_variance_smoothing)
         least = max(1, int(config.compressed_budget * config.adaptive_budget_floor))
-        self.budgets = share_budget(self.variance_ema, config.compressed_budget, least, config.widest_middle)
+        self.budgets = share_budget(self.variance_ema, config.compressed_budget, least, precision)
         return self.budgets, least
+
+    def _adjust(self, budgets: torch.Tensor) -> None:
+        """Put the controller's budgets `[batch, kv_heads]` in force."""
+        before = torch.where(self.controller.budgets == 0, self.config.compressed_budget, self.controller.budgets)
+        self.adjustments = self.adjustments + (before != budgets).sum()
+        self.controller.budgets.copy_(budgets)
 
     def _count(self, before: WeightedTokens, after: WeightedTokens | None) -> None:
         batch, heads = before.beta.shape[:2]
@@ -521,6 +670,8 @@ class ADMSLayer(CacheLayerMixin):
         if after is not None:
             self.kept_exact = self.kept_exact + (after.tier == EXACT).sum()
             self.kept_compressed = self.kept_compressed + (after.tier == PRECISION).sum()
+            if self.config.sketch_budget:
+                self.kept_sketches = self.kept_sketches + (after.tier == SKETCH).sum()
             left = left - after.valid.sum()
         self.dropped = self.dropped + left
 
@@ -562,7 +713,7 @@ class ADMSLayer(CacheLayerMixin):
 
     def _reuse(self, start: int, stop: int) -> None:
         """The slots from `start` to `stop` are free again."""
-        self.buffer.refresh(start, min(stop, self.config.buffer_tokens))
+        self.buffer.refresh(start, min(stop, self.slots))
         self._bias = None
 
     def newest_are_bad(self) -> torch.Tensor:
@@ -586,7 +737,7 @@ class ADMSLayer(CacheLayerMixin):
         gone = -tokens_to_remove
         if gone == 0 or not self.is_initialized:
             return
-        floor = self.config.dynamic_start_size + self.config.widest_middle if self.compacted else 0
+        floor = self.config.dynamic_start_size + self.width if self.compacted else 0
         if gone > self.length - floor:
             raise ValueError(
                 f"crop({tokens_to_remove}) asks for more than the last {self.length - floor} tokens, "
@@ -608,6 +759,12 @@ class ADMSLayer(CacheLayerMixin):
         self.group = None
         self._bias = None
         self.buffer = self.buffer.map(function)
+        for name in STATES:
+            state = getattr(self, name)
+            if state is not None:
+                setattr(self, name, state.map(function))
+        if self.planned is not None:
+            self.planned = (function(self.planned[0]), self.planned[1])
         for name in ("query_buffer", "query_real", "variance_ema", "budgets"):
             tensor = getattr(self, name)
             if tensor is not None:
@@ -635,7 +792,18 @@ class ADMSLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         """Bytes of every tensor the layer holds."""
         total = 0 if self.buffer is None else self.buffer.nbytes
-        return total + self.query_nbytes
+        return total + self.query_nbytes + self.state_nbytes + self.original_nbytes
+
+    @property
+    def original_nbytes(self) -> int:
+        """Bytes of the originals kept outside the attended set."""
+        return 0 if self.originals is None else self.originals.nbytes
+
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of what the modules remember beside the originals."""
+        states = [getattr(self, name) for name in STATES if name != "originals"]
+        return sum(state.nbytes for state in states if state is not None)
 
     @property
     def query_nbytes(self) -> int:

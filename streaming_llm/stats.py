@@ -17,24 +17,27 @@ class StatsMixin:
         """Totals over layers, rows and heads since the cache was made or reset.
 
         `total_compressions` counts compactions of single (layer, row, head)s; the token counts are of tokens after (kept)
-        or taken out by (dropped: merged into others or evicted) each of them.
+        or taken out by (dropped: merged into others or evicted) each of them, `total_sketch_tokens` of sketches after it.
+        `total_sketch_promotions` counts sketches whose originals returned, `total_replay_triggers` the heads and
+        `total_replay_tokens` the originals of replays, `total_calibrations` fits that placed made tokens,
+        `total_budget_adjustments` changes of a head's budget by the controller. Calls of the parts by hand count too.
         """
         layers = self._full_layers()
 
         def total(name: str) -> int:
-            return sum(int(getattr(layer, name)) for layer in layers)
+            return sum(int(getattr(layer, name)) for layer in layers) + self._hand_counts.get(name, 0)
 
         return {
             "total_compressions": total("compressions"),
             "total_exact_kept": total("kept_exact"),
             "total_compressed_kept": total("kept_compressed"),
             "total_middle_dropped": total("dropped"),
-            "total_sketch_tokens": 0,
-            "total_replay_tokens": 0,
-            "total_sketch_promotions": 0,
-            "total_replay_triggers": 0,
-            "total_calibrations": 0,
-            "total_budget_adjustments": 0,
+            "total_sketch_tokens": total("kept_sketches"),
+            "total_replay_tokens": total("replayed"),
+            "total_sketch_promotions": total("promotions"),
+            "total_replay_triggers": total("replay_triggers"),
+            "total_calibrations": total("calibrations"),
+            "total_budget_adjustments": total("adjustments"),
         }
 
     def _log_every_512(self, seen: int, new: int) -> None:
@@ -51,8 +54,25 @@ class StatsMixin:
         stats = self.stats
         times = max(1, stats["total_compressions"])
         size, most = self.held_tokens, self.config.expected_max_tokens
-        return [
+        config = self.config
+        lines = [
             f"[ADMS Stats @ {at}] Avg per head: exact={stats['total_exact_kept'] / times:.1f}, "
-            f"compressed={stats['total_compressed_kept'] / times:.1f}, dropped={stats['total_middle_dropped'] / times:.1f}",
+            f"compressed={stats['total_compressed_kept'] / times:.1f}, dropped={stats['total_middle_dropped'] / times:.1f}"
+        ]
+        if config.enable_dual_fidelity:
+            lines.append(
+                f"[ADMS Dual-Fidelity @ {at}] Sketches: {stats['total_sketch_tokens']}, "
+                f"Promotions: {stats['total_sketch_promotions']}"
+            )
+        if config.enable_residual_replay:
+            lines.append(
+                f"[ADMS Replay @ {at}] Triggers: {stats['total_replay_triggers']}, Tokens: {stats['total_replay_tokens']}"
+            )
+        if config.enable_position_calibration:
+            lines.append(f"[ADMS Calibration @ {at}] Total calibrations: {stats['total_calibrations']}")
+        if config.enable_adaptive_controller:
+            lines.append(f"[ADMS Controller @ {at}] Budget adjustments: {stats['total_budget_adjustments']}")
+        return [
+            *lines,
             f"[ADMS Cache @ {at}] Actual size: {size}, Expected max: {most}, Ratio: {size / max(1, at):.2%}",
         ]

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 
 UNUSED, EXACT, PRECISION, SKETCH, REPLAY, SINK, RECENT = range(7)
+# A log-mass that is none, for a token that was changed: one of exactly 0 says that it is the text's own, to the bit.
+CHANGED = 1e-7
 TIER_NAMES = {EXACT: "exact", PRECISION: "precision", SKETCH: "sketch", REPLAY: "replay", SINK: "sink", RECENT: "recent"}
 
 

@@ -39,10 +39,11 @@ OUT_OF_RANGE = [
     ("controller_gain", -0.2), ("controller_energy_floor", -0.1), ("controller_energy_ceiling", 1.5),
     ("controller_group_size", 0), ("adaptive_budget_floor", -0.1), ("adaptive_budget_floor", 1.1),
     ("adaptive_budget_cap", 0.9), ("adaptive_variance_smoothing", 0.0), ("adaptive_variance_smoothing", 1.1),
-    ("score_decay", -0.1), ("score_decay", 1.1), ("seed", -1),
+    ("score_decay", -0.1), ("score_decay", 1.1), ("sketch_originals", -1), ("promotion_budget", -1), ("seed", -1),
 ]  # fmt: skip
 UNKNOWN_WORDS = {
-    "compressor_type": "low_rank", "anchor_mode": "hybrid", "importance_metric": "value_norm", "sketch_reduction": "first"
+    "compressor_type": "low_rank", "anchor_mode": "hybrid", "importance_metric": "value_norm",
+    "sketch_reduction": "first", "controller_scope": "model",
 }  # fmt: skip
 
 
@@ -57,6 +58,7 @@ def test_adm_plus_plus_has_the_values_of_the_reference_table_and_takes_overrides
     assert config.enable_position_calibration and config.enable_adaptive_controller
     assert (config.sketch_budget, config.replay_budget, config.energy_replay_threshold) == (32, 8, 0.88)
     assert (config.controller_gain, config.controller_group_size, config.rank) == (0.35, 2, 4)
+    assert config.controller_scope == "model"
     with pytest.raises(ValueError, match="'rnak'.*did you mean rank"):
         ADMSConfig.adm_plus_plus(rnak=4)
 

@@ -15,8 +15,8 @@ from conftest import stream, token_ids
 
 import streaming_llm
 from streaming_llm import SUPPORTED_MODEL_TYPES, ADMSConfig, compressors
-from streaming_llm.config import BOOKKEEPING_BYTES
-from streaming_llm.evaluation import cli, plan_methods, resolve_settings
+from streaming_llm.config import BOOKKEEPING_BYTES, ORIGINAL_BYTES
+from streaming_llm.evaluation import ablation, cli, plan_methods, resolve_settings
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "QUICKSTART.md", "ADM_PLUS_PLUS_IMPLEMENTATION.md")
@@ -108,7 +108,7 @@ def test_what_is_made_from_the_code_is_what_the_code_says(document, part):
 
 def test_every_flag_in_the_documents_exists():
     flags = parser().flags()
-    allowed = {*flags, *(f"no-{name}" for name in flags), "help"}
+    allowed = {*flags, *(f"no-{name}" for name in flags), *ablation.build_parser().flags(), "help"}
     for document in DOCUMENTS:
         lines = [line for line in read(document).splitlines() if "pip " not in line]
         named = set(re.findall(r"(?<![\w<!-])--([a-z][\w-]*)", "\n".join(lines)))
@@ -122,8 +122,13 @@ def test_every_example_in_the_documents_can_be_called_as_it_is_written():
     }
     for script, argv in calls:
         assert (ROOT / script).is_file()
-        arguments = cli.parse_arguments(parser(), argv)
-        plan_methods(arguments.methods, resolve_settings(cli.cache_settings(arguments)))
+        if "main(" not in read(script):
+            assert argv == [], f"{script} takes no arguments"
+        elif script == "examples/ablation.py":
+            ablation._checked_plans(ablation.build_parser().parse_args(argv))
+        else:
+            arguments = cli.parse_arguments(parser(), argv)
+            plan_methods(arguments.methods, resolve_settings(cli.cache_settings(arguments)))
 
 
 def test_the_commands_that_ci_takes_from_the_readme_are_there():
@@ -163,6 +168,7 @@ def test_constants_in_the_documents_have_the_value_they_have_in_the_code():
     assert len(quoted) > 5
     assert quoted == CONSTANT.findall(with_current_constants(text)), "python tests/test_docs.py writes them anew"
     assert f"{BOOKKEEPING_BYTES} bytes of bookkeeping" in " ".join(read("README.md").split())
+    assert f"a key, a value and {ORIGINAL_BYTES} bytes" in " ".join(read("QUICKSTART.md").split())
 
 
 @pytest.fixture
@@ -217,6 +223,37 @@ def test_the_quickstart_runs(run_snippets, capsys):
     assert len(names["messages"]) == 4
     stream(names["model"], token_ids(700), names["cache"], chunk=32)
     assert names["cache"].layers[0].compressions > 0
+
+
+def test_the_parts_called_by_hand_in_the_quickstart_do_what_it_says(run_snippets, capsys):
+    names = run_snippets("QUICKSTART.md")
+    output = capsys.readouterr().out
+    for name in ("Dual-Fidelity", "Replay", "Calibration", "Controller"):
+        assert f"[ADMS {name} @ 4000]" in output
+    parts, where = names["parts"], names["where"]
+    assert "3 sketches are left" in output
+    assert where.tolist() == list(range(124 - len(where), 124))  # the most recent originals
+    assert names["energy"] == pytest.approx(0.25)
+    assert "tensor([265., 465.])" in output  # seven tenths of the way to 250 and 450
+    assert 16 < parts.controller_budgets[(0, 0)] <= 32
+    assert (parts.stats["total_sketch_promotions"], parts.stats["total_replay_triggers"]) == (1, 1)
+
+
+def test_the_readme_says_the_memory_of_the_originals_as_it_is():
+    from transformers import LlamaConfig
+
+    smol = LlamaConfig(num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576, head_dim=64)
+    sizes = {"recent_size": 256, "compressed_budget": 208}
+
+    def mebibytes(**changed):
+        return ADMSConfig.adm_plus_plus(**sizes, **changed).memory_bytes(smol, "float32") / 2**20
+
+    without = mebibytes(enable_dual_fidelity=False, sketch_budget=0, enable_residual_replay=False, replay_budget=0)
+    without += (32 + 16) * 30 * 3 * (64 * 2 * 4 + BOOKKEEPING_BYTES) / 2**20
+    assert (round(mebibytes() - without), round(without), round(mebibytes(sketch_originals=64) - without)) == (12, 31, 3)
+    text = " ".join(read("README.md").split())
+    assert "12 MiB beside 31 MiB" in text
+    assert "`sketch_originals=64` makes that 3 MiB" in text
 
 
 def update() -> None:

@@ -171,12 +171,6 @@ def test_the_entry_points_choose_their_compressor_and_settings(tiny_llama):
     assert (plain.start_size, plain.recent_size, plain.middle_allocation) == (4, 2000, 0)
 
 
-def test_the_features_that_are_not_there_yet_are_refused_by_name(tiny_llama):
-    with pytest.raises(NotImplementedError, match="enable_dual_fidelity=True"):
-        enable_adms_llm(tiny_llama, ADMSConfig.adm_plus_plus())
-    assert not is_enabled(tiny_llama)
-
-
 def test_a_bare_decoder_can_be_enabled_too(tiny_llama):
     decoder, ids = tiny_llama.model, token_ids(100)
     with torch.no_grad():

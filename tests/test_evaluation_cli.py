@@ -11,15 +11,23 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_families import make as make_family
 
 from streaming_llm import ADMSConfig
-from streaming_llm.evaluation import METHODS, cli, streaming
+from streaming_llm.evaluation import METHODS, cli, resolve_settings, streaming
+from streaming_llm.evaluation.methods import FEATURES
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 DOCUMENTED = """model_name_or_path dataset_name task split text_field num_samples num_eval_tokens concat_stream
     concat_limit min_seq_len sep output_dir log_every disable_dual_fidelity disable_residual_replay
     disable_position_calibration disable_adaptive_controller methods chunk_size score_from dtype device seed
     config""".split()
+
+
+@pytest.fixture
+def without_rope():
+    """A tiny GPT-2."""
+    return make_family("gpt2", vocab_size=256, n_embd=64)
 
 
 @pytest.fixture
@@ -39,7 +47,8 @@ def run(tiny_model_folder, tmp_path):
 
     def start(*argv, methods=("full", "streaming", "adms"), **options):
         base = ["--model_name_or_path", str(tiny_model_folder), "--device", "cpu", "--num_eval_tokens", "300"]
-        base += ["--recent_size", "24", "--compressed_budget", "24", "--rank", "4", "--compression_interval", "16"]
+        base += ["--recent_size", "24", "--compressed_budget", "12", "--sketch_budget", "8", "--replay_budget", "4"]
+        base += ["--rank", "4", "--compression_interval", "16"]
         base += ["--decode_tokens", "0", "--output_dir", str(tmp_path / "out")]
         names = dict(prog="script.py", description="", methods=methods, output_dir="results")
         return cli.main([*base, *argv], **names, **options), tmp_path / "out"
@@ -59,6 +68,16 @@ def test_settings_not_given_are_left_to_the_library(parser):
     assert settings(parser) == {}
     assert settings(parser, "--rank", "8", "--importance_ratio", "0.25") == {"rank": 8, "importance_ratio": 0.25}
     assert settings(parser, "--no-enable_pos_shift") == {"enable_pos_shift": False}
+
+
+def test_the_help_tells_the_defaults_that_are_in_force(parser):
+    resolved = resolve_settings({})
+    helps = {name: action.help for name, action in parser.flags().items()}
+    assert "(208: 256 less sketch_budget and replay_budget)" in helps["compressed_budget"]
+    assert resolved["compressed_budget"] == 208
+    for name in ADMSConfig.setting_names():
+        default = resolved.get(name, getattr(ADMSConfig(), name))
+        assert re.search(rf"\({re.escape(str(default))}\b", helps[name]), name
 
 
 def test_every_setting_is_parsed_to_the_type_of_its_default(parser):
@@ -139,6 +158,40 @@ def test_wrong_usage_is_one_line_and_code_2_before_anything_is_loaded(run, capsy
     assert code == 2
     assert error.count("\n") == 1
     assert message in error
+
+
+def test_each_module_can_be_disabled_and_the_variance_based_budget_stands_alone(run):
+    replay_off = ("--disable_residual_replay", "--replay_budget", "0")
+    code, out = run("--methods", "full", "adms", "--use_adaptive_budget", *replay_off)
+    assert code == 0
+    used = json.loads((out / "results.json").read_text())["settings"]["methods"]["adms"]
+    assert [used[name] for name in FEATURES] == [True, False, True, False]
+
+
+@pytest.fixture
+def gpt2_run(without_rope, tiny_model_folder, tmp_path, run):
+    """`run` on a tiny GPT-2, a model without RoPE."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "gpt2"
+    without_rope.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model_folder).save_pretrained(folder)
+    return lambda *argv: run("--model_name_or_path", str(folder), "--methods", "full", "adms", *argv)
+
+
+def test_a_model_without_rope_runs_with_one_line_about_the_calibration(gpt2_run, caplog):
+    code, _ = gpt2_run("--concat_limit", "150")  # two streams, a cache each
+    assert code == 0
+    told = [record.getMessage() for record in caplog.records if "calibration" in record.getMessage()]
+    assert told == ["position calibration is off: model type 'gpt2' has no RoPE"]
+
+
+def test_calibration_asked_for_on_a_model_without_rope_is_one_line_and_code_2(gpt2_run, capsys):
+    code, _ = gpt2_run("--enable_position_calibration")
+    error = capsys.readouterr().err
+    assert code == 2
+    assert error.count("\n") == 1
+    assert "enable_position_calibration=True can't be: model type 'gpt2' has no RoPE" in error
 
 
 def test_an_unknown_flag_is_one_line_and_code_2(run, capsys):

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import pytest
+from test_families import make as make_family
 from transformers import DynamicCache
 
 from streaming_llm import ADMSConfig
 from streaming_llm.evaluation import METHODS, cache_factory, methods, plan_methods, resolve_settings
 
 BOUNDED = [name for name in METHODS if name != "full"]
+PLUS_PLUS = ADMSConfig.adm_plus_plus()
+
+
+@pytest.fixture
+def without_rope():
+    """A tiny GPT-2."""
+    return make_family("gpt2", vocab_size=256, n_embd=64)
+
+
+def held_after_compaction(settings) -> int:
+    config = ADMSConfig(**settings)
+    return config.expected_max_tokens - config.compression_interval
 
 
 def test_the_documented_methods_can_be_named():
@@ -23,41 +36,53 @@ def test_the_documented_methods_can_be_named():
         {"recent_size": 100, "compressed_budget": 60},
         {"start_size": 0, "compressed_budget": 8},
         {"start_size": 16, "compression_interval": 32},
+        {"sketch_budget": 100, "replay_budget": 60},
+        dict.fromkeys(methods.FEATURES, False),
     ],
 )
 def test_every_method_but_full_holds_as_many_tokens(settings):
-    plans = plan_methods(list(METHODS), resolve_settings(settings))
-    start = settings.get("start_size", 4)
-    total = start + settings.get("recent_size", 256) + settings.get("compressed_budget", 256)
+    resolved = resolve_settings(settings)
+    plans = plan_methods(list(METHODS), resolved)
+    total = held_after_compaction(resolved)
     assert [plan.method.name for plan in plans] == list(METHODS)
     for plan in plans:
         if plan.method.name == "full":
             assert plan.settings == {}
             continue
-        budget = plan.settings.get("compressed_budget", 0)
-        assert plan.settings.get("start_size", 4) + plan.settings["recent_size"] + budget == total == plan.total_tokens
+        tiers = ("compressed_budget", "sketch_budget", "replay_budget")
+        middle = sum(plan.settings.get(tier, 0) for tier in tiers)
+        assert plan.settings.get("start_size", 4) + plan.settings["recent_size"] + middle == total == plan.total_tokens
     streaming = next(plan for plan in plans if plan.method.name == "streaming")
-    assert streaming.settings["recent_size"] == total - start
+    assert streaming.settings["recent_size"] == total - settings.get("start_size", 4)
 
 
 def test_the_caches_themselves_promise_the_same_bound(tiny_llama):
     settings = resolve_settings({"recent_size": 24, "compressed_budget": 40, "rank": 4, "compression_interval": 16})
     bounds = {}
     for plan in plan_methods(list(METHODS), settings):
-        cache = cache_factory(tiny_llama, plan)()
+        made = cache_factory(tiny_llama, plan)()
         if plan.method.name == "full":
-            assert type(cache) is DynamicCache
+            assert type(made) is DynamicCache
         else:
-            bounds[plan.method.name] = cache.config.expected_max_tokens
-    assert bounds == {name: 4 + 24 + 40 + 16 for name in BOUNDED}
+            bounds[plan.method.name] = made.config.expected_max_tokens
+    assert bounds == {name: 4 + 24 + 40 + 32 + 16 + 16 for name in BOUNDED}
 
 
-def test_the_default_comparison_is_516_tokens_with_the_library_s_other_settings():
+def test_the_default_comparison_is_adm_plus_plus_at_516_tokens_with_the_library_s_other_settings():
     settings = resolve_settings({})
-    assert settings == {"recent_size": 256, "compressed_budget": 256}
     (plan,) = plan_methods(["adms"], settings)
     assert plan.total_tokens == 516
     assert plan.settings == settings
+    assert ADMSConfig(**settings) == ADMSConfig.adm_plus_plus(recent_size=256, compressed_budget=256 - 32 - 16)
+
+
+@pytest.mark.parametrize("name", ["adms_low_rank", "adms_vq", "adms_attention_matching"])
+def test_the_presets_of_a_compressor_are_base_adms_with_the_whole_middle(name):
+    (plan,) = plan_methods([name], resolve_settings({"controller_gain": 0.2}))
+    compressor = name.removeprefix("adms_")
+    config = ADMSConfig(**plan.settings)
+    assert [feature for feature in methods.FEATURES if getattr(config, feature)] == []
+    assert (config.compressor_type, config.compressed_budget, config.middle_allocation) == (compressor, 256, 256)
 
 
 def test_presets_override_the_settings_they_stand_for():
@@ -83,26 +108,65 @@ def test_unknown_methods_and_settings_are_refused_by_name():
         plan_methods(["adms"], resolve_settings({"recent_size": 0}))
 
 
-def test_features_that_are_on_bring_their_recommended_budgets(monkeypatch):
+def test_features_that_are_on_bring_their_recommended_settings():
     """Sketches and replayed tokens come out of the middle tokens: the comparison stays at 516 tokens."""
-
-    class Recommended:
-        sketch_budget, replay_budget, energy_replay_threshold = 32, 16, 0.88
-        controller_gain, controller_group_size = 0.35, 2
-
-    monkeypatch.setattr(ADMSConfig, "adm_plus_plus", classmethod(lambda cls: Recommended), raising=False)
-    settings = resolve_settings({"enable_dual_fidelity": True, "enable_residual_replay": True})
-    assert settings["sketch_budget"] == 32
-    assert settings["energy_replay_threshold"] == 0.88
+    off = dict.fromkeys(methods.FEATURES, False)
+    settings = resolve_settings(off | {"enable_dual_fidelity": True, "enable_residual_replay": True})
+    assert settings["sketch_budget"] == PLUS_PLUS.sketch_budget == 32
+    assert settings["energy_replay_threshold"] == PLUS_PLUS.energy_replay_threshold
     assert settings["compressed_budget"] == 256 - 32 - 16
     assert "controller_gain" not in settings
+    controlled = resolve_settings(off | {"enable_adaptive_controller": True})
+    assert controlled["controller_scope"] == PLUS_PLUS.controller_scope != ADMSConfig().controller_scope
+    assert controlled["compressed_budget"] == 256
     given = resolve_settings({"enable_dual_fidelity": True, "sketch_budget": 8, "compressed_budget": 100})
     assert (given["sketch_budget"], given["compressed_budget"]) == (8, 100)
-    with pytest.raises(ValueError, match="together are 300 tokens"):
-        resolve_settings({"enable_dual_fidelity": True, "sketch_budget": 300})
 
 
-def test_default_features_can_be_turned_off(monkeypatch):
-    monkeypatch.setattr(methods, "DEFAULT_FEATURES", methods.FEATURES)
+def test_features_that_leave_too_little_of_the_middle_are_refused():
+    with pytest.raises(ValueError, match="together are 316 tokens"):
+        resolve_settings({"sketch_budget": 300})
+    with pytest.raises(ValueError, match="min_importance_tokens=4 must not exceed compressed_budget=2"):
+        plan_methods(["adms"], resolve_settings({"sketch_budget": 238}))
+
+
+def test_default_features_can_be_turned_off():
     off = dict.fromkeys(methods.FEATURES, False)
     assert resolve_settings(off) == {**off, "recent_size": 256, "compressed_budget": 256}
+
+
+def test_the_variance_based_budget_alone_takes_the_controller_s_place(tiny_llama):
+    settings = resolve_settings({"use_adaptive_budget": True})
+    config = ADMSConfig(**settings)
+    assert [feature for feature in methods.FEATURES if getattr(config, feature)] == list(methods.FEATURES[:3])
+    assert "controller_gain" not in settings
+    small = resolve_settings({"use_adaptive_budget": True, "recent_size": 24, "compressed_budget": 40, "rank": 4})
+    assert {plan.total_tokens for plan in plan_methods(list(BOUNDED), small)} == {4 + 24 + 40 + 32 + 16}
+    for plan in plan_methods(["adms", "adms_vq"], small):
+        assert cache_factory(tiny_llama, plan)().config.use_adaptive_budget
+
+
+def test_the_variance_based_budget_and_the_controller_asked_for_together_are_refused():
+    both = resolve_settings({"use_adaptive_budget": True, "enable_adaptive_controller": True})
+    with pytest.raises(ValueError, match="use_adaptive_budget=True and enable_adaptive_controller=True"):
+        plan_methods(["adms"], both)
+
+
+def test_without_rope_calibration_by_default_is_off_and_told_once(without_rope, caplog):
+    (plan,) = plan_methods(["adms"], resolve_settings({}))
+    make = cache_factory(without_rope, plan)
+    configs = [make().config for _ in range(3)]
+    assert configs == [ADMSConfig(**{**plan.settings, "enable_position_calibration": False})] * 3
+    assert [record.getMessage() for record in caplog.records] == [
+        "position calibration is off: model type 'gpt2' has no RoPE"
+    ]
+
+
+@pytest.mark.parametrize("resolve", [resolve_settings, dict], ids=["resolved", "plain"])
+def test_without_rope_calibration_that_was_asked_for_is_refused_by_name(without_rope, resolve):
+    asked = {"enable_position_calibration": True, "recent_size": 24, "compressed_budget": 40}
+    (plan,) = plan_methods(["adms"], resolve(asked))
+    with pytest.raises(ValueError, match="enable_position_calibration=True can't be: model type 'gpt2' has no RoPE"):
+        cache_factory(without_rope, plan)()
+    (base,) = plan_methods(["adms_low_rank"], resolve(asked))
+    assert not cache_factory(without_rope, base)().config.enable_position_calibration

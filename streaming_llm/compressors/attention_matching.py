@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from ..tokens import WeightedTokens
+from ..tokens import CHANGED, WeightedTokens
 from .base import Compressor, Reference, reference_probabilities
 from .merge import keep_best
 
@@ -60,11 +60,11 @@ class AttentionMatchingCompressor(Compressor):
         kept = keep_best(tokens, reference, reference.weight, width, budget, least, self.config.protect_exact)
         if reference.queries is None or not reference.log_mass:
             return kept
-        reference = dataclasses.replace(reference, queries=reference.queries.every(_QUERY_STEP))
-        truth, normaliser = reference_probabilities(tokens, reference)
+        sampled = dataclasses.replace(reference, queries=reference.queries.every(_QUERY_STEP))
+        truth, normaliser = reference_probabilities(tokens, sampled)
         target_mass = truth.sum(-1, keepdim=True)
         target = truth @ (tokens.values.float() * tokens.valid[..., None])
-        logits = reference.queries.logits(kept.keys).flatten(2, 3)
+        logits = sampled.queries.logits(kept.keys).flatten(2, 3)
         design = torch.exp(logits + kept.beta[:, :, None] - normaliser)
         ones = torch.ones_like(kept.beta)[..., None]
         factor, mass_solved = ridge_towards(design, target_mass, ones, _RIDGE)
@@ -79,6 +79,6 @@ class AttentionMatchingCompressor(Compressor):
         values, value_solved = ridge_towards(design, target, kept.values.float(), _RIDGE)
         self.count_fallbacks(mass_solved & value_solved)
         values = torch.where(free[..., None], values, kept.values.float())
-        return dataclasses.replace(
-            kept, values=values.to(kept.values.dtype), beta=kept.beta + factor.log(), mass=kept.mass * factor
-        )
+        beta = kept.beta + factor.log()
+        beta = torch.where(free & (beta == 0), CHANGED, beta)
+        return dataclasses.replace(kept, values=values.to(kept.values.dtype), beta=beta, mass=kept.mass * factor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -27,6 +27,8 @@ class Reference:
         context: everything the head holds, in the cache's order (sinks, middle, recent window), for the softmax.
         start: index in `context` of the first of the tokens.
         log_mass: False where the model's attention does not see `beta`: merged tokens then keep `beta` = 0.
+        assigned: for `compress` to fill in: which of the returned slots each token went to, int64 as `weight`. Where it
+            stays None no originals are kept of what was compressed. `merge.keep_best` fills it in.
     """
 
     weight: torch.Tensor
@@ -36,6 +38,7 @@ class Reference:
     context: WeightedTokens
     start: int
     log_mass: bool = True
+    assigned: torch.Tensor | None = field(default=None, kw_only=True)
 
 
 class Compressor:
@@ -44,9 +47,11 @@ class Compressor:
     Class attributes:
         needs_queries: True to have the last `attention_window` queries stored for `compress`; otherwise those since the
             last compaction are there.
+        averages_keys: True where keys of made tokens are averages, whose positions may then be calibrated.
     """
 
     needs_queries: ClassVar[bool] = False
+    averages_keys: ClassVar[bool] = False
 
     def __init__(self, config: ADMSConfig):
         self.config = config

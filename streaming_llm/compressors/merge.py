@@ -104,6 +104,11 @@ def merge_into(
     ).unflatten(0, kept_states.shape[:2])
     distance.masked_fill_(~accepts[:, :, None, :], torch.inf)
     nearest = distance.argmin(dim=-1)
+    places = torch.arange(index.shape[-1], device=index.device).expand_as(index)
+    assigned = torch.zeros_like(valid, dtype=torch.int64).scatter_(2, index, places)
+    reference.assigned = assigned.scatter(
+        2, order, torch.where(gather_tokens(joining, order), nearest, assigned.gather(2, order))
+    )
 
     if reference.log_mass:
         mass_kept = kept.mass.clamp_min(_TINY)

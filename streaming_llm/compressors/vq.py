@@ -68,6 +68,7 @@ class VQCompressor(Compressor):
     """Pinned tokens stay; the others become at most `num_clusters` clusters. The rest of the budget is exact."""
 
     needs_queries: ClassVar[bool] = True
+    averages_keys: ClassVar[bool] = True
 
     def compress(
         self,
@@ -87,15 +88,24 @@ class VQCompressor(Compressor):
         exact = tokens.gather(index).where_valid(picked)
         exact.tier = torch.where(picked, torch.where(exact.count == 1, EXACT, PRECISION), UNUSED).to(torch.int8)
         taken = torch.zeros_like(tokens.valid).scatter(2, index, picked)
-        made = self.cluster(tokens, reference, tokens.valid & ~taken, clusters)
+        made, nearest = self.cluster(tokens, reference, tokens.valid & ~taken, clusters)
         both = concatenate([exact, made])
-        return both.gather(torch.where(both.valid, both.pos, torch.inf).argsort(dim=2, stable=True))
+        order = torch.where(both.valid, both.pos, torch.inf).argsort(dim=2, stable=True)
+        places = torch.arange(exact_width, device=index.device).expand_as(index)
+        assigned = (exact_width + nearest).scatter(
+            2, index, torch.where(picked, places, exact_width + nearest.gather(2, index))
+        )
+        reference.assigned = order.argsort(dim=2).gather(2, assigned)
+        return both.gather(order)
 
-    def cluster(self, tokens: WeightedTokens, reference: Reference, member: torch.Tensor, clusters: int) -> WeightedTokens:
+    def cluster(
+        self, tokens: WeightedTokens, reference: Reference, member: torch.Tensor, clusters: int
+    ) -> tuple[WeightedTokens, torch.Tensor]:
         """The tokens where `member [batch, kv_heads, tokens]` is True as `clusters` weighted tokens.
 
         A cluster's key is the mass-weighted mean key, its value the mass-weighted mean value, its `beta` the log of the
-        members' attention over what the mean key draws by itself; an empty cluster is an unused slot.
+        members' attention over what the mean key draws by itself; an empty cluster is an unused slot. Returns the clusters
+        and each token's nearest, int64 `[batch, kv_heads, tokens]`.
         """
         if reference.queries is not None:
             probabilities, normaliser = reference_probabilities(tokens, reference)
@@ -132,7 +142,7 @@ class VQCompressor(Compressor):
         def largest(field: torch.Tensor) -> torch.Tensor:
             return (assigned * field[..., None]).amax(2)
 
-        return WeightedTokens(
+        made = WeightedTokens(
             keys=keys,
             values=values,
             beta=torch.where(used, beta, -torch.inf),
@@ -143,3 +153,4 @@ class VQCompressor(Compressor):
             count=summed(tokens.count).round().int(),
             tier=torch.where(used, PRECISION, UNUSED).to(torch.int8),
         )
+        return made, nearest

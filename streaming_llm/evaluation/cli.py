@@ -14,9 +14,7 @@ from typing import Any
 
 from .errors import EvaluationError, require
 from .methods import (
-    DEFAULT_FEATURES,
     DEFAULT_MIDDLE,
-    DEFAULT_RECENT,
     FEATURES,
     METHODS,
     cache_factory,
@@ -128,12 +126,13 @@ def _add_settings(parser: _Parser) -> None:
     group = parser.add_argument_group("cache settings", "every setting of ADMSConfig, under its own name")
     hints = typing.get_type_hints(ADMSConfig)
     taken = {action.dest for action in parser._actions}
+    defaults = resolve_settings({})
     for field in dataclasses.fields(ADMSConfig):
         if field.name in taken or not field.init:
             continue
-        default = {"recent_size": DEFAULT_RECENT, "compressed_budget": DEFAULT_MIDDLE}.get(field.name, field.default)
-        if field.name in DEFAULT_FEATURES:
-            default = True
+        default = defaults.get(field.name, field.default)
+        if field.name == "compressed_budget":
+            default = f"{default}: {DEFAULT_MIDDLE} less sketch_budget and replay_budget"
         text = f"{field.metadata.get('help', '').rstrip('.')} ({default})".strip().replace("%", "%%")
         kind = hints[field.name]
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
@@ -226,7 +225,7 @@ def main(
     except KeyboardInterrupt:
         print(f"\n{prog}: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (EvaluationError, NotImplementedError, ValueError) as error:
+    except (EvaluationError, ValueError) as error:
         usage = not isinstance(error, EvaluationError)
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_USAGE if usage else FAILED

@@ -10,21 +10,23 @@ from typing import Any
 # The comparison of the documentation: 516 tokens a head, 4 of them sinks.
 DEFAULT_RECENT = 256
 DEFAULT_MIDDLE = 256
-# The ADM++ features the examples turn on where nothing is said.
-DEFAULT_FEATURES: tuple[str, ...] = ()
 FEATURES = (
     "enable_dual_fidelity",
     "enable_residual_replay",
     "enable_position_calibration",
     "enable_adaptive_controller",
 )
+# The ADM++ features the examples turn on where nothing is said.
+DEFAULT_FEATURES: tuple[str, ...] = FEATURES
 # What a feature sets beside its switch; the values are those of `ADMSConfig.adm_plus_plus()`.
 FEATURE_SETTINGS = {
     "enable_dual_fidelity": ("sketch_budget",),
     "enable_residual_replay": ("replay_budget", "energy_replay_threshold"),
     "enable_position_calibration": (),
-    "enable_adaptive_controller": ("controller_gain", "controller_group_size"),
+    "enable_adaptive_controller": ("controller_gain", "controller_group_size", "controller_scope"),
 }
+# Settings that turn all four features off: the presets of single compressors are base ADMS, comparable between runs.
+BASE = dict.fromkeys(FEATURES, False) | {"sketch_budget": 0, "replay_budget": 0}
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,14 @@ METHODS = {
         Method("h2o", "baseline", "H2O: the middle tokens with the most attention ever received"),
         Method("snapkv", "baseline", "SnapKV: the middle tokens the last queries attend to"),
         Method("tova", "baseline", "TOVA: the tokens the last query attends to"),
-        Method("adms", "adms", "ADMS with the settings given"),
-        Method("adms_low_rank", "adms", "ADMS, low-rank compressor", {"compressor_type": "low_rank"}),
-        Method("adms_vq", "adms", "ADMS, vector-quantising compressor", {"compressor_type": "vq"}),
+        Method("adms", "adms", "ADMS with the settings given; where they say nothing, ADM++: all four features on"),
+        Method("adms_low_rank", "adms", "base ADMS, low-rank compressor", BASE | {"compressor_type": "low_rank"}),
+        Method("adms_vq", "adms", "base ADMS, vector-quantising compressor", BASE | {"compressor_type": "vq"}),
         Method(
             "adms_attention_matching",
             "adms",
-            "ADMS, attention-matching compressor",
-            {"compressor_type": "attention_matching"},
+            "base ADMS, attention-matching compressor",
+            BASE | {"compressor_type": "attention_matching"},
         ),
     )
 }
@@ -60,19 +62,32 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """A method with the settings it runs with; empty for the full cache."""
+    """A method with the settings it runs with; empty for the full cache. `defaulted`: features nobody asked for by name."""
 
     method: Method
     settings: dict[str, Any]
     total_tokens: int | None
     interval: int | None
+    defaulted: frozenset[str] = frozenset()
 
 
-def resolve_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a comparison: what was given, over the examples' defaults (see the constants above)."""
+class Settings(dict):
+    """Settings by name; `defaulted` says which features are on only because nothing was said of them."""
+
+    defaulted: frozenset[str] = frozenset()
+
+
+def resolve_settings(settings: Mapping[str, Any]) -> Settings:
+    """The settings of a comparison: what was given, over the examples' defaults (see the constants above).
+
+    `use_adaptive_budget=True` takes the place of the adaptive controller unless that was given too: both set budgets.
+    """
     from streaming_llm import ADMSConfig
 
-    resolved: dict[str, Any] = {feature: True for feature in DEFAULT_FEATURES} | dict(settings)
+    resolved = Settings({feature: True for feature in DEFAULT_FEATURES} | dict(settings))
+    resolved.defaulted = frozenset(DEFAULT_FEATURES) - set(settings)
+    if settings.get("use_adaptive_budget") and "enable_adaptive_controller" in resolved.defaulted:
+        resolved["enable_adaptive_controller"] = False
     features = [feature for feature in FEATURES if resolved.get(feature)]
     if features:
         recommended = ADMSConfig.adm_plus_plus()
@@ -107,6 +122,7 @@ def plan_methods(names: Sequence[str], settings: Mapping[str, Any]) -> list[Plan
             raise ValueError(f"method {name!r} is not known; choose from {', '.join(METHODS)}")
     config = ADMSConfig(**settings)
     total = _total_tokens(config)
+    defaulted = getattr(settings, "defaulted", frozenset())
     plans = []
     for name in dict.fromkeys(names):
         method = METHODS[name]
@@ -120,12 +136,16 @@ def plan_methods(names: Sequence[str], settings: Mapping[str, Any]) -> list[Plan
             continue
         own = {**settings, **method.settings}
         own["compressed_budget"] += total - _total_tokens(ADMSConfig(**own))
-        plans.append(Plan(method, own, _total_tokens(ADMSConfig(**own)), config.compression_interval))
+        plans.append(Plan(method, own, _total_tokens(ADMSConfig(**own)), config.compression_interval, defaulted))
     return plans
 
 
 def cache_factory(model, plan: Plan) -> Callable[[], Any]:
-    """A function giving a new cache of the planned method for `model`."""
+    """A function giving a new cache of the planned method for `model`.
+
+    Position calibration that is on by default only is left out, with a warning, where the model has no RoPE; where it was
+    asked for, the function raises `ValueError`.
+    """
     if plan.method.kind == "full":
         from transformers import DynamicCache
 
@@ -134,9 +154,20 @@ def cache_factory(model, plan: Plan) -> Callable[[], Any]:
         from streaming_llm.baselines import enable_baseline
 
         return lambda: enable_baseline(model, plan.method.name, **plan.settings)
-    from streaming_llm import enable_adms_llm
+    from streaming_llm import ADMSConfig, enable_adms_llm
 
-    return lambda: enable_adms_llm(model, **plan.settings)
+    if "enable_position_calibration" not in plan.defaulted:
+        return lambda: enable_adms_llm(model, **plan.settings)
+    config = ADMSConfig(**plan.settings)
+
+    def make():
+        nonlocal config
+        cache = enable_adms_llm(model, config)
+        # What the model can't have is told once, not again for every stream.
+        config = cache.config
+        return cache
+
+    return make
 
 
 def _total_tokens(config) -> int:
