@@ -237,7 +237,7 @@ def promote(
     return rest, returned, promoted.sum(-1)
 
 
-def _as_batch(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def as_batch(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Tensors of one head, `[tokens, dim]`, as a batch of one."""
     return tuple(tensor[None, None] for tensor in states)
 
@@ -316,7 +316,7 @@ class DualFidelityMixin:
         Raises `ValueError` for a reduction other than `mean`, `sum`, `first`.
         """
         check_head(tokens_k=tokens_k, tokens_v=tokens_v)
-        keys, values = _as_batch(tokens_k, tokens_v)
+        keys, values = as_batch(tokens_k, tokens_v)
         weight = torch.ones(1, 1, tokens_k.shape[0], device=tokens_k.device)
         if tokens_k.shape[0] == 0 and reduction in SKETCH_REDUCTIONS:
             return tokens_k, tokens_v
@@ -328,7 +328,7 @@ class DualFidelityMixin:
     ) -> float:
         """`residual_energy` of one head's tokens `[tokens, head_dim]`."""
         check_head(original_k=original_k, original_v=original_v, approx_k=approx_k, approx_v=approx_v)
-        return float(residual_energy(*_as_batch(original_k, original_v, approx_k, approx_v)))
+        return float(residual_energy(*as_batch(original_k, original_v, approx_k, approx_v)))
 
     def _update_sketch_bank(self, layer_idx: int, head_idx: int, overflow_k, overflow_v, overflow_positions) -> None:
         """Make sketches of a head's overflow, beside those it has; the tokens become their originals."""
@@ -339,7 +339,7 @@ class DualFidelityMixin:
         count = overflow_k.shape[0]
         if slots == 0 or count == 0:
             return
-        keys, values = _as_batch(overflow_k, overflow_v)
+        keys, values = as_batch(overflow_k, overflow_v)
         new = WeightedTokens.new(keys, values, positions[None, None])
         new.tier.fill_(EXACT)
         both = concatenate([tokens, new])

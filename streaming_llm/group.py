@@ -186,7 +186,7 @@ def plan_budgets(layers: list[ADMSLayer], size: int) -> None:
         size: layers of equal budget to put into one group, from now on.
     """
     config = layers[0].config
-    lost = torch.stack([1.0 - layer.controller.energy.double().mean(-1).cpu() for layer in layers], dim=-1)
+    lost = torch.stack([1.0 - layer.controller.energy.cpu().double().mean(-1) for layer in layers], dim=-1)
     budgets = layer_budgets(lost, config.compressed_budget)
     widest, least = budgets.amax(0).tolist(), budgets.amin(0).tolist()
     others = config.sketch_budget + config.replay_budget

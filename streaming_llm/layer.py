@@ -450,7 +450,8 @@ class ADMSLayer(CacheLayerMixin):
         self.query_count = keep
         self.query_folded = max(0, self.query_folded - first)
 
-    def _stored(self, start: int) -> Queries | None:
+    def stored_queries(self, start: int) -> Queries | None:
+        """The queries stored since the last compaction (and a fit's window before), from number `start` on; None without."""
         if self.query_buffer is None or self.query_count <= start:
             return None
         real = None if self.query_real is None else self.query_real[:, start : self.query_count]
@@ -466,7 +467,7 @@ class ADMSLayer(CacheLayerMixin):
 
     def _fold_stored(self, length: int) -> None:
         """Fold the queries not folded yet; the newest of them belongs to the token in slot `length - 1`."""
-        queries = self._stored(self.query_folded)
+        queries = self.stored_queries(self.query_folded)
         if queries is not None:
             self._fold(queries, self.buffer.slice(0, length))
         self.query_folded = self.query_count
@@ -474,7 +475,7 @@ class ADMSLayer(CacheLayerMixin):
     def _observe_prefill(self, states: torch.Tensor, real: torch.Tensor | None, held: WeightedTokens) -> None:
         new = states.shape[3]
         before = held.length - new
-        waiting = self._stored(self.query_folded)
+        waiting = self.stored_queries(self.query_folded)
         if waiting is not None:
             self._fold(waiting, held.slice(0, before))
         window = self.config.attention_window
@@ -556,7 +557,7 @@ class ADMSLayer(CacheLayerMixin):
     def _output_before(self, source: WeightedTokens) -> tuple[Queries, torch.Tensor, torch.Tensor] | None:
         """For the controller, where this compaction is measured: queries, their output, the middle's attention mass."""
         due = self.rounds < _MEASURED_FIRST or self.rounds % _MEASURED_EVERY == 0
-        queries = self._stored(0) if self.controller is not None and due else None
+        queries = self.stored_queries(0) if self.controller is not None and due else None
         if queries is None:
             return None
         queries = queries.last(self.config.recent_size).every(QUERY_STEP)
@@ -620,7 +621,7 @@ class ADMSLayer(CacheLayerMixin):
         index, picked = top_slots(spread, tokens.valid, exact, exact_budget)
         pinned = torch.zeros_like(tokens.valid).scatter(2, index, picked)
         # Older queries came before some of the candidates: only those of the recent window have seen them all.
-        queries = self._stored(0)
+        queries = self.stored_queries(0)
         reference = Reference(
             weight=worth.clamp_min(0),
             mass=tokens.mass,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .calibration import anchor_positions, calibrate, update_anchors
+from .config import REPLAY_BANK
 from .dual_fidelity import make_sketches, promote
 from .importance import attention_logits
 from .recall import Originals, is_original
@@ -52,7 +53,7 @@ def compress_with_originals(
     width = precision + sketches + replayed_slots
     log_mass = layer.wired and layer.queries_seen
     pool = tokens
-    if sketches and config.promotion_budget and originals.slots:
+    if sketches and config.promotion_budget and config.sketch_originals:
         room = min(originals.slots, max(2 * config.promotion_budget, int(least * RETURNED_SHARE)))
         tokens, returned, promoted = promote(tokens, originals, config.promotion_budget, room, log_mass)
         layer.promotions = layer.promotions + promoted.sum()
@@ -170,7 +171,7 @@ def _sketched(
 
 def _draws(layer: ADMSLayer, source: WeightedTokens) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """What keys draw by themselves: mean probability `[batch, kv_heads, tokens]`, by queries of the recent window."""
-    queries = layer._stored(0)
+    queries = layer.stored_queries(0)
     if queries is None:
         return None
     queries = queries.last(layer.config.recent_size).every(_QUERY_STEP)
@@ -221,6 +222,6 @@ def _follow(
         energy = spectral_energy(made_k, made_v, new.keys, new.values, picked)
     # What merged into the precision tier is kept for replay only: sketches' originals come first.
     new.score = torch.where(to_sketch.gather(2, index), new.score, new.score * 1e-6)
-    newest = config.original_slots if not config.sketch_budget else 4 * config.replay_budget
+    newest = REPLAY_BANK * config.replay_budget
     originals.store(new, share.clamp(0.0, 1.0), parent, layer.rounds * 1_000_000, newest)
     return energy

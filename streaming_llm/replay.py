@@ -12,7 +12,7 @@ import torch
 
 from .compressors.low_rank import leading_subspace
 from .config import REPLAY_BANK
-from .dual_fidelity import _as_batch, as_positions, check_head
+from .dual_fidelity import as_batch, as_positions, check_head
 from .recall import Originals, take_off
 from .state import HeadState, HeadView
 from .tokens import REPLAY, WeightedTokens, top_slots
@@ -141,7 +141,7 @@ class ReplayMixin:
         if self.config.replay_budget == 0 or middle_k.shape[0] == 0:
             return
         bank = self._hand_replay(layer_idx, head_idx, middle_k, middle_v)
-        keys, values = _as_batch(middle_k[-bank.slots :], middle_v[-bank.slots :])
+        keys, values = as_batch(middle_k[-bank.slots :], middle_v[-bank.slots :])
         new = WeightedTokens.new(keys, values, positions[None, None, -bank.slots :])
         nothing = torch.zeros_like(new.beta)
         bank.store(new, nothing, nothing.long(), int(bank.order.max()) + 1, bank.slots)
@@ -149,7 +149,7 @@ class ReplayMixin:
     def _compute_spectral_energy(self, approx_k, approx_v, original_k, original_v) -> float:
         """`spectral_energy` of one head's tokens `[tokens, head_dim]`."""
         check_head(approx_k=approx_k, approx_v=approx_v, original_k=original_k, original_v=original_v)
-        return float(spectral_energy(*_as_batch(approx_k, approx_v, original_k, original_v)))
+        return float(spectral_energy(*as_batch(approx_k, approx_v, original_k, original_v)))
 
     def _trigger_replay(
         self, layer_idx: int, head_idx: int, energy_ratio: float

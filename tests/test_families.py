@@ -9,7 +9,7 @@ from conftest import stream, token_ids
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from streaming_llm import SUPPORTED_MODEL_TYPES, ADMSKVCache, ADMSLayer, disable_adms_llm, enable_adms_llm
+from streaming_llm import SUPPORTED_MODEL_TYPES, ADMSConfig, ADMSKVCache, ADMSLayer, disable_adms_llm, enable_adms_llm
 
 SMALL = {"start_size": 2, "recent_size": 16, "compressed_budget": 12, "compression_interval": 8, "rank": 8}
 LLAMA_LIKE = {
@@ -130,7 +130,7 @@ def test_gemma2s_soft_capping_is_honoured_in_the_scores():
     stream(model, token_ids(30), cache, 5)
     layer = cache.layers[1]
     assert layer.query_softcap == 0.5
-    queries = layer._stored(0)
+    queries = layer.stored_queries(0)
     logits = queries.logits(layer.keys)
     states = queries.states.flatten(2, 3) @ layer.keys.transpose(-1, -2) * queries.scale
     torch.testing.assert_close(logits.flatten(2, 3), 0.5 * torch.tanh(states / 0.5))
@@ -145,3 +145,18 @@ def test_unwired_caches_work_on_every_family():
         disable_adms_llm(model)
         assert stream(model, ids, cache, 7).isfinite().all(), name
         assert cache.held_tokens <= cache.config.expected_max_tokens
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_streams_with_all_four_modules(name):
+    model = make(name)
+    config = ADMSConfig.adm_plus_plus(**SMALL, sketch_budget=4, replay_budget=2, energy_replay_threshold=1.0)
+    cache = enable_adms_llm(model, config)
+    ids = token_ids(160, 2)
+    for start in range(0, 160, 5):
+        assert stream(model, ids[:, start : start + 5], cache, 5).isfinite().all()
+        assert cache.held_tokens <= cache.config.expected_max_tokens
+    stats = cache.stats
+    assert stats["total_sketch_tokens"] and stats["total_replay_tokens"]
+    full = [layer for layer in cache.layers if isinstance(layer, ADMSLayer)]
+    assert (stats["total_calibrations"] > 0) == any(layer.rope is not None and layer.rope.rotates for layer in full)

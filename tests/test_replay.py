@@ -346,7 +346,7 @@ def test_replay_brings_the_attention_output_nearer_to_what_it_was(compressor, mo
     errors: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def compacting(layer, source, tokens, first, *others):
-        held.update(queries=layer._stored(0).last(16), source=source, first=first, last=first + tokens.length)
+        held.update(queries=layer.stored_queries(0).last(16), source=source, first=first, last=first + tokens.length)
         return middle.compress_with_originals(layer, source, tokens, first, *others)
 
     def replaying(made, *others):
