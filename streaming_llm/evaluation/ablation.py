@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import logging
 import sys
 import textwrap
 import typing
@@ -16,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .cli import BAD_USAGE, FAILED, INTERRUPTED, _Parser, _Progress
-from .errors import EvaluationError, require
+from .cli import Parser, ProgressReport, exit_code, prepare
+from .errors import EvaluationError
 from .methods import BASE, FEATURE_SETTINGS, FEATURES, Method, Plan, cache_factory, plan_methods
 from .streaming import MethodResult
 
@@ -297,7 +296,7 @@ def _panel(axes, section: Section, named: bool) -> dict[str, Any]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the ablation's command line."""
-    parser = _Parser(
+    parser = Parser(
         prog="ablation.py",
         description="Measure what each of the four ADM++ modules brings, alone and one on top of another, at equal "
         "tokens a head. Base ADMS, StreamingLLM and the full cache are always run too.",
@@ -377,46 +376,24 @@ def parse_settings(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the ablation; its exit code: 0, 1 (something is missing), 2 (wrong usage), 130 (interrupted)."""
+    """Run the ablation; its exit code, as of `cli.exit_code`."""
     parser = build_parser()
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    try:
-        return _run(arguments)
-    except KeyboardInterrupt:
-        print(f"\n{parser.prog}: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except (EvaluationError, TypeError, ValueError) as error:
-        usage = not isinstance(error, EvaluationError)
-        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return BAD_USAGE if usage else FAILED
+    return exit_code(parser.prog, lambda: _run(arguments))
 
 
 def _run(arguments: argparse.Namespace) -> int:
     # All that can be wrong with the arguments is found before the weights are loaded.
     plans = _checked_plans(arguments)
-    require("rich", "matplotlib")
-    output = Path(arguments.output_dir).expanduser()
+    setup = prepare(arguments)
+    console, output, model, model_name = setup.console, setup.output, setup.model, setup.model_name
 
-    import torch
-    import transformers
-    from rich.console import Console
+    from . import report, streaming, texts
 
-    from . import models, report, streaming, texts
-
-    console = Console()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("streaming_llm.evaluation").setLevel(logging.INFO)
-    transformers.utils.logging.disable_progress_bar()
-    device = models.resolve_device(arguments.device)
-    report.prepare_output(output)
-    torch.manual_seed(arguments.seed)
-
-    model, tokenizer = models.load_model(arguments.model_name_or_path, arguments.dtype, device)
-    model_name = arguments.model_name_or_path or models.MODEL_NAME
     loaded = []
     for name in dict.fromkeys(arguments.texts):
         text = texts.load_text(
-            tokenizer,
+            setup.tokenizer,
             None if name == NOVEL else name,
             task=arguments.task,
             split=arguments.split,
@@ -432,7 +409,7 @@ def _run(arguments: argparse.Namespace) -> int:
     for name, text in loaded:
         for budget, planned in plans.items():
             console.print(f"\n{model_name}, {name}: {text.total_tokens:,} tokens, {budget:,} tokens a head", soft_wrap=True)
-            with _Progress(console, text.total_tokens, arguments.log_every) as on_chunk:
+            with ProgressReport(console, text.total_tokens, arguments.log_every) as on_chunk:
                 results = streaming.evaluate_streams(
                     model,
                     text.streams,
@@ -453,7 +430,7 @@ def _run(arguments: argparse.Namespace) -> int:
     given = {name: value for name, value in sorted(vars(arguments).items()) if name not in ("output_dir", "markdown")}
     title = f"{Path(model_name).name}: what each ADM++ module brings at equal tokens a head"
     plot(output / "ablation.png", sections, title)
-    report.write_json(output / "ablation.json", document(sections, given, device))
+    report.write_json(output / "ablation.json", document(sections, given, setup.device))
     console.print(f"wrote {output / 'ablation.json'} and {output / 'ablation.png'}", soft_wrap=True)
     return 0
 

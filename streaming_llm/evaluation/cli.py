@@ -8,7 +8,8 @@ import json
 import logging
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ FAILED = 1
 _GROUPS = ("model", "text", "scoring", "output")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, and which can say which flags it has."""
 
     def error(self, message: str) -> typing.NoReturn:
@@ -47,7 +48,7 @@ def build_parser(prog: str, description: str, methods: Sequence[str], output_dir
 
     Settings of `ADMSConfig` that are not given are absent from the result, so that the library's defaults hold.
     """
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    parser = Parser(prog=prog, description=description, allow_abbrev=False)
     groups = {name: parser.add_argument_group(name) for name in _GROUPS}
 
     add = groups["model"].add_argument
@@ -119,7 +120,7 @@ def build_parser(prog: str, description: str, methods: Sequence[str], output_dir
     return parser
 
 
-def _add_settings(parser: _Parser) -> None:
+def _add_settings(parser: Parser) -> None:
     """One flag for every field of `ADMSConfig`, typed as the field is, and the documented --disable_* flags."""
     from streaming_llm import ADMSConfig
 
@@ -166,7 +167,7 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> arg
     return parser.parse_args([*(_flags_of_file(parser, path) if path else []), *argv])
 
 
-def _flags_of_file(parser: _Parser, path: str) -> list[str]:
+def _flags_of_file(parser: Parser, path: str) -> list[str]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -217,18 +218,56 @@ def main(
     output_dir: str,
     markdown: bool = False,
 ) -> int:
-    """Run an evaluation script; its exit code: 0, 1 (something is missing), 2 (wrong usage), 130 (interrupted)."""
+    """Run an evaluation script; its exit code, as of `exit_code`."""
     parser = build_parser(prog, description, methods, output_dir)
     arguments = parse_arguments(parser, sys.argv[1:] if argv is None else argv)
+    return exit_code(prog, lambda: _run(arguments, markdown))
+
+
+def exit_code(prog: str, run: Callable[[], int]) -> int:
+    """What `run` gives, or one line on stderr and 1 (something is missing), 2 (wrong usage), 130 (interrupted)."""
     try:
-        return _run(arguments, markdown)
+        return run()
     except KeyboardInterrupt:
         print(f"\n{prog}: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (EvaluationError, ValueError) as error:
+    except (EvaluationError, TypeError, ValueError) as error:
         usage = not isinstance(error, EvaluationError)
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_USAGE if usage else FAILED
+
+
+@dataclass
+class Setup:
+    """What every evaluation command starts with."""
+
+    console: Any
+    output: Path
+    device: Any
+    model: Any
+    tokenizer: Any
+    model_name: str
+
+
+def prepare(arguments: argparse.Namespace) -> Setup:
+    """The console, the output directory (seen to be writable) and the model, after all arguments were checked."""
+    require("rich", "matplotlib")
+
+    import torch
+    import transformers
+    from rich.console import Console
+
+    from . import models, report
+
+    output = Path(arguments.output_dir).expanduser()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("streaming_llm.evaluation").setLevel(logging.INFO)
+    transformers.utils.logging.disable_progress_bar()
+    device = models.resolve_device(arguments.device)
+    report.prepare_output(output)
+    torch.manual_seed(getattr(arguments, "seed", 0))
+    model, tokenizer = models.load_model(arguments.model_name_or_path, arguments.dtype, device)
+    return Setup(Console(), output, device, model, tokenizer, arguments.model_name_or_path or models.MODEL_NAME)
 
 
 def _run(arguments: argparse.Namespace, markdown: bool) -> int:
@@ -241,27 +280,13 @@ def _run(arguments: argparse.Namespace, markdown: bool) -> int:
         if plan.method.kind == "adms":
             ADMSKVCache(ADMSConfig(**plan.settings))
     _check(arguments)
-    require("rich", "matplotlib")
-    output = Path(arguments.output_dir).expanduser()
+    setup = prepare(arguments)
+    console, output, model, model_name = setup.console, setup.output, setup.model, setup.model_name
 
-    import torch
-    import transformers
-    from rich.console import Console
+    from . import report, streaming, texts
 
-    from . import models, report, streaming, texts
-
-    console = Console()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("streaming_llm.evaluation").setLevel(logging.INFO)
-    transformers.utils.logging.disable_progress_bar()
-    device = models.resolve_device(arguments.device)
-    report.prepare_output(output)
-    torch.manual_seed(getattr(arguments, "seed", 0))
-
-    model, tokenizer = models.load_model(arguments.model_name_or_path, arguments.dtype, device)
-    model_name = arguments.model_name_or_path or models.MODEL_NAME
     text = texts.load_text(
-        tokenizer,
+        setup.tokenizer,
         arguments.dataset_name,
         task=arguments.task,
         split=arguments.split,
@@ -275,7 +300,7 @@ def _run(arguments: argparse.Namespace, markdown: bool) -> int:
     )
     console.print(f"{model_name}, {text.name}: {text.total_tokens:,} tokens in {_count(len(text.streams), 'stream')}")
 
-    with _Progress(console, text.total_tokens, arguments.log_every) as on_chunk:
+    with ProgressReport(console, text.total_tokens, arguments.log_every) as on_chunk:
         results = streaming.evaluate_streams(
             model,
             text.streams,
@@ -298,7 +323,7 @@ def _run(arguments: argparse.Namespace, markdown: bool) -> int:
         scored_from = arguments.score_from or streaming.default_score_from(text.total_tokens)
         settings["score_from"] = scored_from
     report.plot(output / "perplexity.png", results, title, scored_from)
-    report.write_json(output / "results.json", report.results_document(results, settings, device))
+    report.write_json(output / "results.json", report.results_document(results, settings, setup.device))
     console.print(f"wrote {output / 'results.json'} and {output / 'perplexity.png'}", soft_wrap=True)
     return 0
 
@@ -341,7 +366,7 @@ def _caption(plans) -> str:
     )
 
 
-class _Progress:
+class ProgressReport:
     """A progress bar on a terminal, and a line every `log_every` tokens anywhere."""
 
     def __init__(self, console, total: int, log_every: int) -> None:
