@@ -479,8 +479,9 @@ class ADMSLayer(CacheLayerMixin):
         if waiting is not None:
             self._fold(waiting, held.slice(0, before))
         window = self.config.attention_window
-        for start in range(0, new, window):
-            stop = min(new, start + window)
+        # Blocks are counted from the newest query, so that padding before a row's tokens does not move them.
+        for stop in range((new - 1) % window + 1, new + 1, window):
+            start = max(0, stop - window)
             valid = None if real is None else real[:, start:stop]
             part = Queries(states[:, :, :, start:stop], self.query_scale, valid, self.query_softcap)
             self._fold(part, held.slice(0, before + stop), 1 if stop == new else _PREFILL_STEP)
