@@ -17,15 +17,17 @@ from .controller import ControllerMixin
 from .dual_fidelity import DualFidelityMixin
 from .group import can_plan, group_layers, plan_budgets
 from .layer import ADMSLayer, Arrival, NonFiniteError
+from .positions import PositionWindow
 from .replay import ReplayMixin
 from .rope import Rope
+from .rows import PaddedLayer
 from .stats import StatsMixin
 
 logger = logging.getLogger(__name__)
 
-# Compactions after which layers trade budget for the first time, then after twice as many each time (much is still to be
+# Layers trade budget after `layer.PLANNED_FIRST` compactions, then after twice as many each time (much is still to be
 # learnt), and at last every so many.
-PLANNED_FIRST, PLANNED_EVERY = 2, 64
+PLANNED_EVERY = 64
 
 
 def _layer(config: ADMSConfig, wired: bool) -> ADMSLayer:
@@ -51,7 +53,8 @@ class ADMSKVCache(DualFidelityMixin, ReplayMixin, CalibrationMixin, ControllerMi
             transformers' own layer). None: layers appear as they are used.
         wired: True when the model's attention shows its queries (set by `enable_adms_llm`).
         layers_at_once: layers whose buffers are one and which are compacted in one call; they must be on one device.
-        ropes: how each layer's keys turn with position, for the calibration; None where that is not known.
+        ropes: how each layer's keys turn with position; None where that is not known.
+        window: the positions the model is given; None for those it would have.
 
     Attributes:
         profile: set to True to have `compaction_seconds` count the time compaction takes (waits for the device).
@@ -64,6 +67,7 @@ class ADMSKVCache(DualFidelityMixin, ReplayMixin, CalibrationMixin, ControllerMi
         wired: bool = False,
         layers_at_once: int = 1,
         ropes: Sequence[Rope] | None = None,
+        window: PositionWindow | None = None,
     ):
         config = ADMSConfig() if config is None else config
         if not isinstance(config, ADMSConfig):
@@ -72,8 +76,8 @@ class ADMSKVCache(DualFidelityMixin, ReplayMixin, CalibrationMixin, ControllerMi
         if model_config is not None:
             config.check_model(model_config)
             text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
-            for window in layer_windows(text):
-                layers.append(_layer(config, wired) if window is None else DynamicSlidingWindowLayer(window))
+            for width in layer_windows(text):
+                layers.append(_layer(config, wired) if width is None else DynamicSlidingWindowLayer(width))
         for layer, rope in zip(layers, ropes or (), strict=False):
             layer.rope = rope
         super().__init__(layers=layers)
@@ -82,8 +86,9 @@ class ADMSKVCache(DualFidelityMixin, ReplayMixin, CalibrationMixin, ControllerMi
         self.layers_at_once = layers_at_once
         group_layers(self._full_layers(), layers_at_once)
         self.broken: str | None = None
-        self._next_plan = PLANNED_FIRST
+        self.window = PositionWindow() if window is None else window
         self._arrival: Arrival | None = None
+        self._followed: list[int] | None = None
         self._length_override: int | None = None
         self._told_unwired = False
         self._profile = False
@@ -137,6 +142,11 @@ class ADMSKVCache(DualFidelityMixin, ReplayMixin, CalibrationMixin, ControllerMi
         return -1
 
     @property
+    def changing_frequencies(self) -> bool:
+        """Whether the model's RoPE has frequencies that change with the length it sees."""
+        return any(getattr(getattr(layer, "rope", None), "stable_length", None) for layer in self.layers)
+
+    @property
     def batch_size(self) -> int:
         """Rows held; -1 before the first token."""
         layer = self._first_full_layer()
@@ -145,42 +155,182 @@ class ADMSKVCache(DualFidelityMixin, ReplayMixin, CalibrationMixin, ControllerMi
     def reset(self) -> None:
         """Forget everything: the cache is as new, its settings stay."""
         super().reset()
+        for number, layer in enumerate(self.layers):
+            if isinstance(layer, PaddedLayer):
+                self.layers[number] = layer.unpadded()
+        self.window.reset()
         group_layers(self._full_layers(), self.layers_at_once)
         self._hand_counts = {}
         self._variances = {}
         self.broken = None
-        self._next_plan = PLANNED_FIRST
         self._arrival = None
         self._length_override = None
 
     # -- around a forward pass (called by the hooks enable_adms_llm registers) --------------------------------------------
 
-    def begin_forward(self, positions: torch.Tensor | None, attention_mask: torch.Tensor | None, new: int) -> None:
-        """Take note of the new tokens' positions and padding.
+    def begin_forward(
+        self, positions: torch.Tensor | None, attention_mask: torch.Tensor | None, new: int, batch: int, device: torch.device
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Take note of what is coming, make room for it, and move the window of positions on where it is due.
 
         Args:
-            positions: the position ids the model will use, `[batch or 1, new]`, or None.
-            attention_mask: 2-D, 1 for real tokens, its last `new` columns for the new ones; or None.
-            new: number of new tokens.
-        """
-        real = None
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-            real = attention_mask[:, -new:].bool()
-            if bool(real.all()):
-                real = None
-        self._arrival = Arrival(positions=positions, real=real)
-        if self.config.enable_adaptive_controller and self.config.controller_scope == "model" and self.wired:
-            self._plan_budgets(new)
+            positions: the position ids the model would use, `[batch or 1, new]`, or None.
+            attention_mask: 2-D, 1 for real tokens, a column for each token seen and new, or for each new one only; or None.
+            new: number of new tokens; batch: rows; device: where they are.
 
-    def _plan_budgets(self, new: int) -> None:
+        Returns:
+            `(positions, attention_mask)` for the model to use instead.
+
+        Raises:
+            ValueError: a mask or positions that can't be right; nothing has changed.
+        """
+        if self.broken:
+            raise RuntimeError(f"the cache can't be used any more: {self.broken}. Call cache.reset() or make a new one")
+        seen = self.get_seq_length()
+        self._followed = self.window.following
+        counts = real = None
+        tail = 0
+        only_new = False
+        if isinstance(attention_mask, torch.Tensor):
+            attention_mask, only_new = self._whole_mask(attention_mask, seen, new, batch)
+            if attention_mask.dim() == 2:
+                real = attention_mask[:, -new:].bool()
+                tail, *counts = torch.cat([real.flip(1).cumprod(1).sum(1).amin()[None], real.sum(1)]).tolist()
+                if min(counts) == new:
+                    real = counts = None
+        if only_new and seen:
+            # Counted from a mask of the new tokens alone, they would start at 0 again.
+            positions = None
+        first, last = self.window.span(positions, real, counts, new)
+        if positions is None and self.window.following is None and real is not None:
+            first, last = [0] * batch, [count - 1 for count in counts]
+        masked = isinstance(attention_mask, torch.Tensor)
+        arrival = Arrival(real=real, counts=counts, masked=masked, tail=tail)
+        # Refused before anything changes: what a compaction would make room for can only be fewer slots.
+        self.window.plan(first, last, self._slots_after(new, arrival))
+        self._make_room(new, batch, arrival)
+        shifts = self.window.plan(first, last, self._slots_in_use())
+        if any(shifts):
+            self._move_window(shifts, device)
+        following = self.window.following
+        counting = real is None and all(position == seen for position in (following or [0]))
+        arrival.positions = self.window.place(positions, real, first, new, counting, device)
+        self._arrival = arrival
+        self.window.follow(last)
+        return arrival.positions, attention_mask
+
+    def _whole_mask(self, mask: torch.Tensor, seen: int, new: int, batch: int) -> tuple[torch.Tensor, bool]:
+        """The mask with a column for every token, and whether it was given for the new ones only."""
+        if mask.dim() != 2:
+            layer = self._first_full_layer()
+            if layer is not None and (not layer.plain or layer.length + new > layer.capacity):
+                raise ValueError(
+                    f"attention_mask of shape {list(mask.shape)} can't be: once tokens are compacted only a 2-D mask "
+                    "[batch, tokens] tells what is padding"
+                )
+            return mask, False
+        if mask.shape[0] != batch or mask.shape[1] not in (seen + new, new):
+            raise ValueError(
+                f"attention_mask of shape {list(mask.shape)} must be [{batch}, {seen + new}] (all tokens seen and new) or "
+                f"[{batch}, {new}] (the new ones)"
+            )
+        if mask.shape[1] == seen + new:
+            return mask, False
+        before = mask.new_ones(batch, seen)
+        layer = self._first_full_layer()
+        if isinstance(layer, PaddedLayer):
+            if layer.aligned and len(self._full_layers()) < len(self.layers):
+                raise ValueError(
+                    f"attention_mask of shape {list(mask.shape)} must be [{batch}, {seen + new}]: with padding in the "
+                    "batch, layers with a sliding window need the mask of all tokens"
+                )
+            if not layer.aligned:
+                before = layer.real[:, :seen].to(mask)
+        return torch.cat([before, mask], dim=1), True
+
+    def _slots_in_use(self) -> list[int]:
+        """Slots each row uses in the layer where they are most; one number where all rows use as many."""
+        layers = [layer for layer in self._full_layers() if layer.is_initialized]
+        if not layers:
+            return [self.get_seq_length()]
+        return [max(numbers) for numbers in zip(*(layer.row_lengths() for layer in layers), strict=True)]
+
+    def _slots_after(self, new: int, arrival: Arrival) -> list[int]:
+        """The same after the compactions that the new tokens make necessary."""
+        layers = [layer for layer in self._full_layers() if layer.is_initialized]
+        if not layers:
+            return [self.get_seq_length()]
+        rows = (layer.row_lengths(new, arrival.counts) for layer in layers)
+        return [max(numbers) for numbers in zip(*rows, strict=True)]
+
+    def _make_room(self, new: int, batch: int, arrival: Arrival) -> None:
+        """Compact what is due before the new tokens come; from the first padding on, each row by itself."""
+        if not self.wired:
+            return
+        layers = self._full_layers()
+        if arrival.real is not None and layers and not isinstance(layers[0], PaddedLayer):
+            for number, layer in enumerate(self.layers):
+                if isinstance(layer, ADMSLayer):
+                    self.layers[number] = PaddedLayer(layer, batch)
+            layers = self._full_layers()
+        for layer in layers:
+            layer.accept()
+            if isinstance(layer, PaddedLayer) and arrival.counts is not None:
+                layer.split(arrival.counts)
+        if self.config.enable_adaptive_controller and self.config.controller_scope == "model":
+            self._plan_budgets(new, arrival)
+        for layer in layers:
+            if isinstance(layer, PaddedLayer):
+                layer.make_room(new, arrival.counts)
+            else:
+                layer.make_room(new)
+
+    def _plan_budgets(self, new: int, arrival: Arrival) -> None:
         """Let layers trade budget, where a compaction is due and enough was measured since the last time."""
         layers = self._full_layers()
-        first = layers[0] if layers else None
-        if first is None or self.broken or not first.will_compact(new) or not can_plan(layers):
+        if not layers:
             return
-        if first.rounds >= self._next_plan:
-            self._next_plan = min(2 * first.rounds, first.rounds + PLANNED_EVERY)
-            plan_budgets(layers, self.layers_at_once)
+        if not isinstance(layers[0], PaddedLayer):
+            if self._plan_is_due(layers[0], new) and can_plan(layers):
+                plan_budgets(layers, self.layers_at_once)
+                self._plan_next(layers[0])
+            return
+        for number, cohort in enumerate(layers[0].cohorts):
+            count = new if arrival.counts is None else arrival.counts[cohort.rows[0]]
+            if self._plan_is_due(cohort.part, count):
+                for layer in layers:
+                    if not layer.aligned:
+                        layer.align()
+                parts = [layer.lend(layer.cohorts[number]) for layer in layers]
+                if can_plan(parts):
+                    plan_budgets(parts, 1)
+                    self._plan_next(parts[0])
+                for layer in layers:
+                    layer.give_back(layer.cohorts[number])
+
+    @staticmethod
+    def _plan_is_due(first: ADMSLayer, new: int) -> bool:
+        return first.is_initialized and first.will_compact(new) and first.rounds >= first.next_plan
+
+    @staticmethod
+    def _plan_next(first: ADMSLayer) -> None:
+        rounds = first.rounds - 1  # before the compaction that planning was
+        first.next_plan = min(2 * rounds, rounds + PLANNED_EVERY)
+
+    def _move_window(self, shifts: list[int], device: torch.device) -> None:
+        """Move everything held back by so many positions, row by row."""
+        for layer in self.layers:
+            if not layer.is_initialized:
+                continue
+            batch = layer.buffer.keys.shape[0] if isinstance(layer, ADMSLayer) else layer.keys.shape[0]
+            shift = torch.tensor(shifts, device=device).expand(batch)
+            if isinstance(layer, ADMSLayer):
+                layer.move_window(shift)
+            elif layer.keys.shape[2]:
+                rope = getattr(layer, "rope", None)
+                if rope is not None:
+                    layer.keys = rope.shift(layer.keys, -shift.view(-1, 1, 1).to(layer.keys.device))
+        self.window.move(shifts)
 
     def end_forward(self) -> None:
         """The forward pass went well. Raises `NonFiniteError` (and takes it back) where it brought NaN or infinity."""
@@ -199,11 +349,63 @@ class ADMSKVCache(DualFidelityMixin, ReplayMixin, CalibrationMixin, ControllerMi
     def abort_forward(self) -> None:
         """The forward pass failed: take back what it appended, or mark the cache as unusable where that is impossible."""
         self._arrival = None
+        self.window.following = self._followed
         done = [layer.roll_back() for layer in self._full_layers()]
         sliding = [layer for layer in self.layers if not isinstance(layer, ADMSLayer)]
         lengths = {layer.get_seq_length() for layer in self.layers}
         if not all(done) or (sliding and len(lengths) > 1):
             self.broken = "a forward pass failed after some layers had compacted its tokens"
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens of every layer; 0 settles what was tried out.
+
+        Raises:
+            ValueError: they are not all held exactly any more, in whichever layer; nothing has changed.
+        """
+        gone = -tokens_to_remove
+        if gone < 0:
+            # Releases before 5.10 give the length to keep.
+            gone = max(0, self.get_seq_length() - tokens_to_remove)
+        for layer in self.layers:
+            if isinstance(layer, ADMSLayer):
+                if layer.is_initialized:
+                    layer.check_crop(gone)
+            elif gone and layer.get_seq_length() >= layer.sliding_window and not getattr(layer, "record_past", False):
+                raise ValueError(
+                    f"crop({tokens_to_remove}) needs tokens that a layer with a sliding window has dropped; call "
+                    "cache.activate_past_recording() before the pass that is to be taken back"
+                )
+        for layer in self.layers:
+            # Transformers' sliding layers refuse to be cropped by 0 where they record nothing.
+            if isinstance(layer, ADMSLayer) or gone or getattr(layer, "record_past", False):
+                layer.crop(-gone)
+        self.window.remove(gone)
+
+    def activate_past_recording(self) -> None:
+        """Passes count only with the next `crop` or pass from now on; see `ADMSLayer.activate_past_recording`."""
+        for layer in self.layers:
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row `i` of every layer becomes what row `beam_idx[i]` was."""
+        super().reorder_cache(beam_idx)
+        self._pick_rows(lambda rows: rows[beam_idx.cpu()])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times, one after the other."""
+        super().batch_repeat_interleave(repeats)
+        self._pick_rows(lambda rows: rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Only the rows `indices`."""
+        super().batch_select_indices(indices)
+        self._pick_rows(lambda rows: rows[indices.cpu() if isinstance(indices, torch.Tensor) else indices])
+
+    def _pick_rows(self, chosen) -> None:
+        rows = max(len(self.window.offsets), len(self.window.following or ()))
+        if rows > 1:
+            self.window.pick(chosen(torch.arange(rows)).tolist())
 
     # -- plain lists -----------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from .compressors import available_compressors, get_compressor
 
 SKETCH_REDUCTIONS = ("mean", "sum", "first")
 ANCHOR_MODES = ("mean", "grid", "hybrid")
+POSITION_POLICIES = ("auto", "absolute", "cache")
 CONTROLLER_SCOPES = ("layer", "model")
 IMPORTANCE_METRICS = ("attention", "value_norm", "key_norm", "mixed")
 FEATURES = (
@@ -37,6 +38,8 @@ ADM_PLUS_PLUS = {
 BOOKKEEPING_BYTES = 6 * 4 + 1
 # Per stored original beside key and value: position, share, score (float32), stand-in and arrival (int64).
 ORIGINAL_BYTES = 3 * 4 + 2 * 8
+# Beside a key kept as it was before any move: its position (float32).
+EXACT_BYTES = 4
 # Per head: the controller's and replay's state, and what the calibration keeps beside its anchors.
 CONTROLLER_BYTES, REPLAY_BYTES, CALIBRATION_BYTES = 2 * 4 + 2 * 8, 4 + 8, 8 + 2 * 4 + 1
 # Originals a head keeps for replay, as a multiple of `replay_budget`.
@@ -68,8 +71,12 @@ class ADMSConfig:
     anchor_mode: str = _setting(
         "mean", "position of a token made from several: their mean, an even grid, or both", options=ANCHOR_MODES
     )
-    enable_pos_shift: bool = _setting(
-        True, "keep positions inside the trained length; off means absolute positions (not in force yet)"
+    enable_pos_shift: bool = _setting(True, "keep positions inside the trained length; False means absolute positions")
+    position_policy: str = _setting(
+        "auto",
+        "positions: true ones while they fit the trained length, then a window's (auto), always true ones (absolute), or "
+        "the index in the cache (cache, as StreamingLLM)",
+        options=POSITION_POLICIES,
     )
     max_seq_length: int = _setting(32768, "length the dynamic sink count is a share of", low=1)
     enable_dynamic_sink: bool = _setting(False, "as many sinks as 1% of max_seq_length, at least start_size")
@@ -165,6 +172,10 @@ class ADMSConfig:
             raise ValueError(
                 f"replay_budget={self.replay_budget} needs enable_residual_replay=True; without it replay_budget must be 0"
             )
+        if self.position_policy == "cache" and not self.enable_pos_shift:
+            raise ValueError(
+                "position_policy='cache' moves positions and enable_pos_shift=False forbids it: choose one of them"
+            )
         if self.controller_energy_floor >= self.controller_energy_ceiling:
             raise ValueError(
                 f"controller_energy_floor={self.controller_energy_floor} must be below "
@@ -179,6 +190,11 @@ class ADMSConfig:
                 f"min_importance_tokens={self.min_importance_tokens} must not exceed "
                 f"compressed_budget={self.compressed_budget}"
             )
+
+    @property
+    def positions(self) -> str:
+        """The position policy in force."""
+        return self.position_policy if self.enable_pos_shift else "absolute"
 
     # -- sizes -------------------------------------------------------------------------------------------------------
 
@@ -231,7 +247,7 @@ class ADMSConfig:
         window = self.attention_window if get_compressor(self.compressor_type).needs_queries else 0
         return window + self.compression_interval
 
-    def memory_bytes(self, model_config: Any, dtype: Any = None, batch_size: int = 1) -> int:
+    def memory_bytes(self, model_config: Any, dtype: Any = None, batch_size: int = 1, moved: bool = False) -> int:
         """Bytes the cache of one model takes once every buffer exists, everything included.
 
         Args:
@@ -239,11 +255,16 @@ class ADMSConfig:
                 counted with it.
             dtype: a `torch.dtype` or its name; the config's own when None.
             batch_size: rows.
+            moved: past the model's trained length, where positions were moved: in half precision keys are from then on
+                also kept as they were, so that roundings do not add up. No more in float32 or with absolute positions.
         """
         shape = _ModelShape.of(model_config, dtype)
-        token = shape.head_dim * 2 * shape.itemsize + BOOKKEEPING_BYTES
+        exact = 0
+        if moved and shape.itemsize < 4 and shape.rotates and self.positions != "absolute":
+            exact = shape.head_dim * shape.itemsize + EXACT_BYTES
+        token = shape.head_dim * 2 * shape.itemsize + BOOKKEEPING_BYTES + exact
         queries = self.query_slots * shape.groups * shape.head_dim * shape.itemsize
-        original = shape.head_dim * 2 * shape.itemsize + ORIGINAL_BYTES
+        original = shape.head_dim * 2 * shape.itemsize + ORIGINAL_BYTES + exact
         modules = 2 * 4 * self.calibration_window + CALIBRATION_BYTES if self.enable_position_calibration else 0
         modules += CONTROLLER_BYTES * self.enable_adaptive_controller + REPLAY_BYTES * bool(self.replay_budget)
         head = self.buffer_tokens * token + queries + self.original_slots * original + modules
@@ -255,7 +276,7 @@ class ADMSConfig:
     def from_memory(
         cls, model_config: Any, bytes: int, dtype: Any = None, batch_size: int = 1, **settings: Any
     ) -> ADMSConfig:
-        """The largest cache of the given shape that fits into `bytes`.
+        """The largest cache of the given shape that fits into `bytes`, however long the stream (`memory_bytes(moved=True)`).
 
         The tokens that fit are shared half and half between the recent window and `compressed_budget` (the best split
         measured), except for what `settings` fixes. Raises `ValueError` when not even the smallest cache fits.
@@ -278,10 +299,10 @@ class ADMSConfig:
             return cls(**chosen)
 
         def fits(tokens: int) -> bool:
-            return sized(tokens).memory_bytes(model_config, dtype, batch_size) <= bytes
+            return sized(tokens).memory_bytes(model_config, dtype, batch_size, moved=True) <= bytes
 
         if not fits(1):
-            least = sized(1).memory_bytes(model_config, dtype, batch_size)
+            least = sized(1).memory_bytes(model_config, dtype, batch_size, moved=True)
             raise ValueError(f"bytes={bytes} is too little for this model and these settings: at least {least} are needed")
         if "recent_size" in settings and "compressed_budget" in settings:
             return sized(1)
@@ -377,6 +398,7 @@ class _ModelShape:
     groups: int
     head_dim: int
     itemsize: int
+    rotates: bool
 
     @classmethod
     def of(cls, model_config: Any, dtype: Any = None) -> _ModelShape:
@@ -401,6 +423,8 @@ class _ModelShape:
             groups=heads // kv_heads,
             head_dim=head_dim,
             itemsize=dtype.itemsize,
+            # Of the supported models, those without RoPE have no parameters for it.
+            rotates=getattr(text, "rope_parameters", None) is not None and not getattr(text, "alibi", False),
         )
 
 

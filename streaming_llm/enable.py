@@ -14,7 +14,8 @@ from .attention import BASES, PREFIX, register
 from .cache import ADMSKVCache
 from .config import ADMSConfig
 from .group import CPU_LAYERS
-from .rope import Rope, rope_layers
+from .positions import PositionWindow
+from .rope import Rope, restore_frequencies, rope_layers
 
 # Model types whose attention was tested with the cache (tests/test_families.py holds the list to its word).
 SUPPORTED_MODEL_TYPES = (
@@ -31,6 +32,8 @@ SUPPORTED_MODEL_TYPES = (
     "qwen3",
     "smollm3",
 )
+# Model types with a table of learned positions: there is none past its end.
+_LEARNED_POSITIONS = ("gpt2",)
 _STATE = "_adms_wiring"
 
 logger = logging.getLogger("streaming_llm")
@@ -56,12 +59,24 @@ def enable_adms_llm(model: PreTrainedModel, config: ADMSConfig | None = None, **
     if config is None:
         config = ADMSConfig.from_dict(settings)
     base = _check_model(model)
-    ropes = _ropes(model, config, explicit=bool(settings.get("enable_position_calibration")))
-    if ropes is None and config.enable_position_calibration:
+    ropes, reason = _ropes(model)
+    if reason is not None and config.enable_position_calibration:
+        if settings.get("enable_position_calibration"):
+            raise ValueError(f"enable_position_calibration=True can't be: {reason}; set it to False")
+        logger.warning("position calibration is off: %s", reason)
         config = dataclasses.replace(config, enable_position_calibration=False)
-    at_once = _layers_at_once(model)
-    cache = ADMSKVCache(config, model_config=model.config, wired=True, layers_at_once=at_once, ropes=ropes)
+    if reason is not None and config.positions == "cache":
+        raise ValueError(f"position_policy='cache' can't be: {reason}")
+    cache = ADMSKVCache(
+        config,
+        model_config=model.config,
+        wired=True,
+        layers_at_once=_layers_at_once(model),
+        ropes=ropes,
+        window=_window(model, config, ropes, reason),
+    )
     _wire(model, base)
+    model.__dict__[_STATE]["ropes"] = ropes, reason
     return cache
 
 
@@ -121,21 +136,37 @@ def _check_model(model: PreTrainedModel) -> str:
     return base
 
 
-def _ropes(model: PreTrainedModel, config: ADMSConfig, explicit: bool) -> tuple[Rope, ...] | None:
-    """How each layer's keys turn with position; None where the calibration needs no such thing or can't have it."""
-    if not config.enable_position_calibration:
-        return None
+def _ropes(model: PreTrainedModel) -> tuple[tuple[Rope, ...] | None, str | None]:
+    """How each layer's keys turn with position, and why they can't be moved: one of the two is None."""
+    known = model.__dict__.get(_STATE, {}).get("ropes")
+    if known is not None:
+        return known
     try:
         ropes = rope_layers(model)
-        reason = None if any(rope.rotates for rope in ropes) else f"model type {model.config.model_type!r} has no RoPE"
     except ValueError as error:
-        ropes, reason = None, str(error)
-    if reason is None:
-        return ropes
-    if explicit:
-        raise ValueError(f"enable_position_calibration=True can't be: {reason}; set it to False")
-    logger.warning("position calibration is off: %s", reason)
-    return None
+        return None, str(error)
+    if not any(rope.rotates for rope in ropes):
+        return None, f"model type {model.config.model_type!r} has no RoPE"
+    return ropes, None
+
+
+def _window(
+    model: PreTrainedModel, config: ADMSConfig, ropes: tuple[Rope, ...] | None, reason: str | None
+) -> PositionWindow:
+    """The positions the model may be given: below its trained length, and where its frequencies stay what they are."""
+    text = model.config.get_text_config()
+    trained = getattr(text, "max_position_embeddings", None)
+    stable = [rope.stable_length for rope in ropes or () if rope.stable_length is not None]
+    policy = config.positions
+    if policy == "absolute" and reason is None:
+        if not stable:
+            return PositionWindow("absolute")
+        kind = next(rope.rope_type for rope in ropes if rope.stable_length is not None)
+        why = f"rope_type {kind!r} has other frequencies there, which stored keys do not fit: use position_policy='auto'"
+        return PositionWindow("absolute", min(stable), why)
+    if ropes is None and policy == "absolute" and model.config.model_type not in _LEARNED_POSITIONS:
+        return PositionWindow("absolute")
+    return PositionWindow(policy, min([*([] if trained is None else [trained]), *stable], default=None), reason)
 
 
 def _layers_at_once(model: PreTrainedModel) -> int:
@@ -156,7 +187,8 @@ def _wire(model: PreTrainedModel, base: str) -> None:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
     before = decoder.register_forward_pre_hook(_before_forward, with_kwargs=True)
     after = decoder.register_forward_hook(_after_forward, with_kwargs=True, always_call=True)
-    model.__dict__[_STATE] = {"base": base, "handles": (before, after)}
+    logits = model.register_forward_pre_hook(_before_logits, with_kwargs=True)
+    model.__dict__[_STATE] = {"base": base, "handles": (before, after, logits)}
 
 
 def _arguments(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
@@ -165,16 +197,36 @@ def _arguments(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict[str, 
     return inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
 
 
-def _before_forward(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+def _before_forward(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     given = _arguments(module, args, kwargs)
     cache = given.get("past_key_values")
     if not isinstance(cache, ADMSKVCache):
-        return
+        return None
     tokens = given.get("input_ids")
     if tokens is None:
         tokens = given.get("inputs_embeds")
-    if tokens is not None:
-        cache.begin_forward(given.get("position_ids"), given.get("attention_mask"), tokens.shape[1])
+    if tokens is None:
+        return None
+    if cache.changing_frequencies:
+        restore_frequencies(module)
+    positions, mask = cache.begin_forward(
+        given.get("position_ids"), given.get("attention_mask"), tokens.shape[1], tokens.shape[0], tokens.device
+    )
+    if positions is given.get("position_ids") and mask is given.get("attention_mask"):
+        return None
+    return (), {**given, "position_ids": positions, "attention_mask": mask}
+
+
+def _before_logits(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    """Refuse right padding where the logits asked for are those of padding."""
+    mask = kwargs.get("attention_mask")
+    if kwargs.get("logits_to_keep", 0) != 1 or not isinstance(kwargs.get("past_key_values"), ADMSKVCache):
+        return
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and bool(((mask[:, -1] == 0) & mask.bool().any(-1)).any()):
+        raise ValueError(
+            "attention_mask has padding after the last token of a row, whose next token would be predicted from padding: "
+            "pad on the left (tokenizer.padding_side = 'left')"
+        )
 
 
 def _after_forward(module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:

@@ -21,7 +21,6 @@ _SHARED = (
     "width",
     "rounds",
     "compacted",
-    "padded",
     "queries_seen",
     "query_count",
     "query_folded",
@@ -85,12 +84,6 @@ class LayerGroup:
             return like.new_zeros(shape)
         return self._part(layer, whole.query_buffer)
 
-    def query_real(self, layer: ADMSLayer, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
-        """The part of the shared marks of real queries that belongs to `layer`, all True at first."""
-        if self.whole.query_real is None:
-            self.whole.query_real = torch.ones(shape[0] * len(self.layers), *shape[1:], dtype=torch.bool, device=device)
-        return self._part(layer, self.whole.query_real)
-
     @property
     def ready(self) -> bool:
         """Whether all layers are at the same point, so that one call can compact them."""
@@ -99,7 +92,6 @@ class LayerGroup:
             layer.group is self
             and layer.is_initialized
             and layer.overflow is None
-            and (layer.query_real is None) == (first.query_real is None)
             and (layer.query_buffer is None) == (first.query_buffer is None)
             and all(getattr(layer, name) == getattr(first, name) for name in _SHARED)
             for layer in self.layers
@@ -125,6 +117,16 @@ class LayerGroup:
                 layer.budgets = self._part(layer, whole.budgets)
         self._hand_out_counts()
 
+    def keep_exact(self) -> None:
+        """Let all layers keep their keys as they were before any move."""
+        for name in ("buffer", "originals"):
+            shared = getattr(self.whole, name)
+            if shared is not None:
+                shared = shared.with_exact()
+                setattr(self.whole, name, shared)
+                for layer in self.layers:
+                    setattr(layer, name, shared.map(lambda tensor, layer=layer: self._part(layer, tensor)))
+
     def newest_are_bad(self) -> list[torch.Tensor]:
         """As `ADMSLayer.newest_are_bad`, asked once where all layers are at the same point."""
         first = self.layers[0]
@@ -146,7 +148,7 @@ class LayerGroup:
         first = layers[0]
         group.whole = whole = ADMSLayer(first.config, first.wired)
         whole.dtype, whole.device, whole.rope = first.dtype, first.device, first.rope
-        names = ("buffer", "query_buffer", "query_real", *STATES)
+        names = ("buffer", "query_buffer", *STATES)
         for name in names:
             parts = [getattr(layer, name) for layer in layers]
             if parts[0] is None:

@@ -36,6 +36,8 @@ from .tokens import EXACT, PRECISION, RECENT, SINK, SKETCH, WeightedTokens, conc
 _PREFILL_STEP = 4
 # The controller measures each of a layer's first compactions, then one in so many.
 _MEASURED_FIRST, _MEASURED_EVERY = 8, 4
+# Compactions after which layers trade budget for the first time; see `cache.py`.
+PLANNED_FIRST = 2
 # What the modules remember of each head.
 STATES = ("originals", "replay_state", "calibration", "controller")
 # What a layer counts, handed from a group to its first layer.
@@ -66,17 +68,24 @@ class Arrival:
     Attributes:
         positions: position ids `[batch or 1, tokens]`, None to count on from the last.
         real: which are no padding, bool `[batch, tokens]`, None when all are.
+        counts: how many of each row are, None when all are.
+        masked: whether the model was given a padding mask for all tokens seen.
+        tail: how many of the newest tokens are real in every row, where `counts` is given.
     """
 
     positions: torch.Tensor | None = None
     real: torch.Tensor | None = None
+    counts: list[int] | None = None
+    masked: bool = False
+    tail: int = 0
 
 
 class ADMSLayer(CacheLayerMixin):
     """The weighted tokens of one layer: `[sinks | middle | recent window]`, new tokens appended behind.
 
     The buffer is allocated once and written in place. When new tokens do not fit any more, the middle is compacted; a pass
-    longer than `compression_interval` is attended to as a whole and compacted right after its attention.
+    longer than `compression_interval` is attended to as a whole and compacted right after its attention. All rows hold
+    equally many tokens: padded batches are `rows.PaddedLayer`'s.
     """
 
     is_sliding = False
@@ -101,12 +110,11 @@ class ADMSLayer(CacheLayerMixin):
         self.seen = 0
         self.width = self.config.widest_middle
         self.rounds = 0
+        self.next_plan = PLANNED_FIRST
         self.compacted = False
-        self.padded = False
         self.is_initialized = False
         self.queries_seen = False
         self.query_buffer: torch.Tensor | None = None
-        self.query_real: torch.Tensor | None = None
         self.query_count = 0
         self.query_folded = 0
         self.query_scale = 1.0
@@ -131,6 +139,8 @@ class ADMSLayer(CacheLayerMixin):
         self.calibrations: torch.Tensor | int = 0
         self.adjustments: torch.Tensor | int = 0
         self._bias: torch.Tensor | None = None
+        self.record_past = False
+        self._waiting: torch.Tensor | None = None
         self._unanswered = False
         self._undo: tuple[int, int, int, int] | None = None
         self._saved: dict[str, torch.Tensor] | None = None
@@ -159,8 +169,8 @@ class ADMSLayer(CacheLayerMixin):
 
     @property
     def held(self) -> WeightedTokens:
-        """All slots in use, as views."""
-        return self.buffer.slice(0, self.length)
+        """All slots in use, as views; while a long pass waits to be settled, that too."""
+        return self.buffer.slice(0, self.length) if self._waiting is None or self.overflow is None else self.overflow
 
     @property
     def resting_length(self) -> int:
@@ -231,6 +241,10 @@ class ADMSLayer(CacheLayerMixin):
             return self.resting_length
         return self.length
 
+    def row_lengths(self, new: int = 0, counts: list[int] | None = None) -> list[int]:
+        """Slots each row uses (one number for all), after the compaction that `new` more tokens make necessary."""
+        return [self._length_before(new)]
+
     def will_compact(self, new: int) -> bool:
         """Whether `new` more tokens make a compaction necessary."""
         return self.length + new > self.capacity and self._can_compact
@@ -263,45 +277,45 @@ class ADMSLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[2]
-        if self.will_compact(new):
-            if self.group is not None and self.group.ready:
-                self.group.compact()
-            else:
-                self.compact()
-        arrival = arrival or Arrival()
+        self.make_room(new)
         self._undo = (self.length, self.seen, self.query_count, self.query_folded)
         self._sealed, self._saved = False, None
         start, seen, self.length, self.seen = self.length, self.seen, self.length + new, self.seen + new
-        positions = arrival.positions
+        positions = arrival.positions if arrival is not None else None
         if positions is None:
             positions = torch.arange(seen, self.seen, device=key_states.device)[None]
         positions = positions[:, None, :]
-        real = None
-        if arrival.real is not None:
-            self.padded = True
-            real = arrival.real[:, None, :].to(key_states.device)
         if self.length <= self.capacity:
             # The bookkeeping of slots not yet used is that of untouched tokens: only what differs is written.
-            self.buffer.keys[:, :, start : self.length] = key_states
-            self.buffer.values[:, :, start : self.length] = value_states
-            self.buffer.pos[:, :, start : self.length] = positions
-            if real is not None:
-                self.buffer.hide(start, ~real)
-                self._bias = None
+            self.buffer.append(start, key_states, value_states, positions)
             keys, values = self.keys, self.values
         else:
             tokens = WeightedTokens.new(key_states, value_states, positions)
-            if real is not None:
-                tokens = tokens.where_valid(real.expand(tokens.beta.shape))
             self.overflow = concatenate([self.buffer.slice(0, start), tokens])
             keys, values = self.overflow.keys, self.overflow.values
             if not self.wired:
                 keys, values = keys.clone(), values.clone()
                 self.compact()
+        return self._shown(keys), values
+
+    def _shown(self, keys: torch.Tensor) -> torch.Tensor:
+        """The keys an attention function gets, marked as this layer's where it will show its queries."""
         if self.wired:
             self._unanswered = True
             keys.adms_layer = self
-        return keys, values
+        return keys
+
+    def make_room(self, new: int) -> None:
+        """Compact, with all layers of the group, where `new` more tokens would not fit; what is unsettled is settled first.
+
+        Called for every layer before a forward pass, and again by `update`, where there is nothing left to do.
+        """
+        self.accept()
+        if self.will_compact(new):
+            if self.group is not None and self.group.ready:
+                self.group.compact()
+            else:
+                self.compact()
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         too_many = self.length + key_states.shape[2] > self.capacity
@@ -372,16 +386,32 @@ class ADMSLayer(CacheLayerMixin):
         batch, heads = self.buffer.keys.shape[:2]
         new = query.shape[2]
         states = query.detach().view(batch, heads, query.shape[1] // heads, new, query.shape[-1])
-        held = self.overflow if self.overflow is not None else self.held
-        real = held.valid[:, 0, held.length - new :] if self.padded else None
+        if self.record_past:
+            self._waiting = states
+        else:
+            self._take(states)
+
+    def _take(self, states: torch.Tensor) -> None:
+        """Score by the queries of the newest tokens `[batch, kv_heads, groups, new, head_dim]`; compact what is too much."""
         if self.overflow is not None:
             if self.config.middle_allocation:
-                self._observe_prefill(states, real, held)
+                self._observe_prefill(states, self.overflow)
             self.compact()
         elif self.config.middle_allocation:
-            self._store_queries(states, real)
+            self._store_queries(states)
 
-    def _store_queries(self, states: torch.Tensor, real: torch.Tensor | None) -> None:
+    def activate_past_recording(self) -> None:
+        """From now on a pass counts (is scored, and compacted) only with the next `crop`, which may take tokens of it back,
+        or the next pass: transformers calls this where tokens are tried out (assisted generation)."""
+        self.record_past = True
+
+    def accept(self) -> None:
+        """What a pass brought while past was recorded stays: score by its queries, and compact what is too much."""
+        if self._waiting is not None:
+            states, self._waiting, self._undo = self._waiting, None, None
+            self._take(states)
+
+    def _store_queries(self, states: torch.Tensor) -> None:
         new = states.shape[3]
         slots = self.config.query_slots
         self._allocate_queries(states)
@@ -389,15 +419,13 @@ class ADMSLayer(CacheLayerMixin):
             self._save()
             self._fold_stored(self.length - new)
             if new >= slots:
-                self._fold(Queries(states, self.query_scale, real, self.query_softcap), self.held)
-                states = states[:, :, :, -slots:]
-                real = None if real is None else real[:, -slots:]
+                self._fold(Queries(states, self.query_scale, None, self.query_softcap), self.held)
                 self._keep_queries(0)
-                self._append_queries(states, real)
+                self._append_queries(states[:, :, :, -slots:])
                 self.query_folded = self.query_count
                 return
             self._keep_queries(slots - max(new, self.config.compression_interval))
-        self._append_queries(states, real)
+        self._append_queries(states)
 
     def _save(self) -> None:
         """Keep what folding and moving queries changes, so that a failed forward pass can be taken back."""
@@ -406,8 +434,6 @@ class ADMSLayer(CacheLayerMixin):
         length, _, count, _ = self._undo
         self._saved = {name: getattr(self.buffer, name)[:, :, :length].clone() for name in ("score", "mass", "square")}
         self._saved["query_buffer"] = self.query_buffer[:, :, :, :count].clone()
-        if self.query_real is not None:
-            self._saved["query_real"] = self.query_real[:, :count].clone()
 
     def _restore(self) -> None:
         if self._saved is None:
@@ -415,38 +441,25 @@ class ADMSLayer(CacheLayerMixin):
         for name in ("score", "mass", "square"):
             getattr(self.buffer, name)[:, :, : self.length] = self._saved[name]
         self.query_buffer[:, :, :, : self.query_count] = self._saved["query_buffer"]
-        if "query_real" in self._saved:
-            self.query_real[:, : self.query_count] = self._saved["query_real"]
         self._saved = None
 
     def _allocate_queries(self, states: torch.Tensor) -> None:
-        slots = self.config.query_slots
         if self.query_buffer is None:
-            shape = (*states.shape[:3], slots, states.shape[-1])
+            shape = (*states.shape[:3], self.config.query_slots, states.shape[-1])
             if self.group is not None:
                 self.query_buffer = self.group.query_buffer(self, shape, states)
             else:
                 self.query_buffer = states.new_zeros(shape)
-        if self.padded and self.query_real is None:
-            marks = (states.shape[0], slots)
-            if self.group is not None:
-                self.query_real = self.group.query_real(self, marks, states.device)
-            else:
-                self.query_real = torch.ones(marks, dtype=torch.bool, device=states.device)
 
-    def _append_queries(self, states: torch.Tensor, real: torch.Tensor | None) -> None:
+    def _append_queries(self, states: torch.Tensor) -> None:
         start, self.query_count = self.query_count, self.query_count + states.shape[3]
         self.query_buffer[:, :, :, start : self.query_count] = states
-        if self.query_real is not None:
-            self.query_real[:, start : self.query_count] = True if real is None else real
 
     def _keep_queries(self, keep: int) -> None:
         keep = min(keep, self.query_count)
         first = self.query_count - keep
         if first and keep:
             self.query_buffer[:, :, :, :keep] = self.query_buffer[:, :, :, first : self.query_count].clone()
-            if self.query_real is not None:
-                self.query_real[:, :keep] = self.query_real[:, first : self.query_count].clone()
         self.query_count = keep
         self.query_folded = max(0, self.query_folded - first)
 
@@ -454,9 +467,8 @@ class ADMSLayer(CacheLayerMixin):
         """The queries stored since the last compaction (and a fit's window before), from number `start` on; None without."""
         if self.query_buffer is None or self.query_count <= start:
             return None
-        real = None if self.query_real is None else self.query_real[:, start : self.query_count]
         states = self.query_buffer[:, :, :, start : self.query_count]
-        return Queries(states, self.query_scale, real, self.query_softcap)
+        return Queries(states, self.query_scale, None, self.query_softcap)
 
     def _fold(self, queries: Queries, held: WeightedTokens, step: int = 1) -> None:
         # Of the queries since the last compaction all are scored: every second was measured to be worse.
@@ -472,23 +484,20 @@ class ADMSLayer(CacheLayerMixin):
             self._fold(queries, self.buffer.slice(0, length))
         self.query_folded = self.query_count
 
-    def _observe_prefill(self, states: torch.Tensor, real: torch.Tensor | None, held: WeightedTokens) -> None:
+    def _observe_prefill(self, states: torch.Tensor, held: WeightedTokens) -> None:
         new = states.shape[3]
         before = held.length - new
         waiting = self.stored_queries(self.query_folded)
         if waiting is not None:
             self._fold(waiting, held.slice(0, before))
         window = self.config.attention_window
-        # Blocks are counted from the newest query, so that padding before a row's tokens does not move them.
+        # Blocks are counted from the newest query.
         for stop in range((new - 1) % window + 1, new + 1, window):
-            start = max(0, stop - window)
-            valid = None if real is None else real[:, start:stop]
-            part = Queries(states[:, :, :, start:stop], self.query_scale, valid, self.query_softcap)
+            part = Queries(states[:, :, :, max(0, stop - window) : stop], self.query_scale, None, self.query_softcap)
             self._fold(part, held.slice(0, before + stop), 1 if stop == new else _PREFILL_STEP)
         self._keep_queries(0)
         self._allocate_queries(states)
-        last = min(new, self.config.query_slots)
-        self._append_queries(states[:, :, :, -last:], None if real is None else real[:, -last:])
+        self._append_queries(states[:, :, :, -min(new, self.config.query_slots) :])
         self.query_folded = self.query_count
 
     # -- compaction ------------------------------------------------------------------------------------------------------
@@ -505,8 +514,6 @@ class ADMSLayer(CacheLayerMixin):
             if source is None:
                 self._fold_stored(self.length)
                 source = self.held
-            if self.padded and not self.compacted:
-                source = self._rows_aligned(source)
             sinks, recent = self.config.dynamic_start_size, self.config.recent_size
             width = self.width if width is None else width
             first, last = sinks, source.length - recent
@@ -525,7 +532,7 @@ class ADMSLayer(CacheLayerMixin):
                 self.rounds += 1
                 if width != self.width:
                     self.width = width
-                    self.buffer = WeightedTokens.empty(source.keys, source.values, self.slots)
+                    self.buffer = WeightedTokens.empty(source.keys, source.values, self.slots, exact=source.exact)
                 if source.keys.data_ptr() != self.buffer.keys.data_ptr():
                     self.buffer.write(0, source.slice(0, first))
                 if middle is not None:
@@ -546,14 +553,6 @@ class ADMSLayer(CacheLayerMixin):
             needed = self.config.attention_window if self.compressor.needs_queries else 0
             if self.query_buffer is not None:
                 self._keep_queries(needed)
-
-    def _rows_aligned(self, source: WeightedTokens) -> WeightedTokens:
-        """The slots of each row reordered so that its first real tokens, the sinks, come first; padding follows them."""
-        real = source.valid[:, :1]
-        rank = real.cumsum(-1)
-        sink = real & (rank <= self.config.dynamic_start_size)
-        order = (~sink).to(torch.int8).argsort(dim=2, stable=True)
-        return source.gather(order.expand(source.beta.shape))
 
     def _output_before(self, source: WeightedTokens) -> tuple[Queries, torch.Tensor, torch.Tensor] | None:
         """For the controller, where this compaction is measured: queries, their output, the middle's attention mass."""
@@ -696,11 +695,68 @@ class ADMSLayer(CacheLayerMixin):
         if self.buffer is not None and self.device.type != "cpu":
             torch.get_device_module(self.device.type).synchronize(self.device)
 
+    # -- positions ---------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def move_window(self, shift: torch.Tensor) -> None:
+        """Move each row's tokens `shift [batch]` positions back (0: not at all), in place.
+
+        What would come before its own slot's number, counted from the first sink, stays there: sinks do not move, the middle
+        closes up in its order, and the recent window keeps its distances as long as `shift` leaves the newest token at a
+        position that is no less than its slot.
+        """
+        if not self.is_initialized:
+            return
+        shift = shift.to(self.device)
+        if self._turns and self.dtype.itemsize < 4 and not self.buffer.exact:
+            self._keep_exact()
+        by = shift.view(-1, 1, 1).to(torch.float32)
+        held = self.buffer.slice(0, self.length)
+        slots = torch.arange(self.length, device=self.device, dtype=torch.float32)
+        self._move(held, torch.where(by > 0, torch.maximum(held.pos - by, slots), held.pos))
+        self._move_states(by)
+        self._move_queries(shift, self.query_count)
+
+    @property
+    def _turns(self) -> bool:
+        return self.rope is not None and self.rope.rotates
+
+    def _move_states(self, by: torch.Tensor) -> None:
+        """Move what the modules remember of positions; `by [batch, 1, 1]`."""
+        if self.originals is not None:
+            least = float(self.config.dynamic_start_size)
+            pos = self.originals.pos
+            self._move(self.originals, torch.where(by > 0, (pos - by).clamp_min(least), pos))
+        if self.calibration is not None:
+            for positions in (self.calibration.synthetic, self.calibration.true):
+                positions.sub_(by * self.calibration.valid)
+
+    def _move_queries(self, shift: torch.Tensor, count: int) -> None:
+        if self._turns and self.query_buffer is not None and count:
+            states = self.query_buffer[:, :, :, :count]
+            states.copy_(self.rope.shift(states, -shift.view(-1, 1, 1, 1)))
+
+    def _move(self, tokens: WeightedTokens | Originals, pos: torch.Tensor) -> None:
+        """Rotate the keys to `pos [batch, kv_heads, tokens]`, in place; from where they were exact, if that is kept."""
+        if self._turns:
+            keys, at = (tokens.exact_keys, tokens.exact_pos) if tokens.exact else (tokens.keys, tokens.pos)
+            tokens.keys.copy_(torch.where((pos == at)[..., None], keys, self.rope.move(keys, at, pos)))
+        tokens.pos.copy_(pos)
+
+    def _keep_exact(self) -> None:
+        if self.group is not None:
+            self.group.keep_exact()
+            return
+        self.buffer = self.buffer.with_exact()
+        if self.originals is not None:
+            self.originals = self.originals.with_exact()
+
     # -- rows and ends ---------------------------------------------------------------------------------------------------
 
     def roll_back(self) -> bool:
         """Take back the last `update`, as if it had never been; False where it was compacted already and can't be."""
         self._unanswered = False
+        self._waiting = None
         if self._undo is None:
             return True
         if self._sealed:
@@ -729,27 +785,52 @@ class ADMSLayer(CacheLayerMixin):
         self._undo = self._saved = None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` tokens (a negative number, as transformers passes it).
+        """Remove the last `-tokens_to_remove` tokens (a negative number, as transformers passes it; 0 settles the rest).
 
         Only tokens still held exactly can be removed: all of them before the first compaction, the recent window and what
-        came after it later. Raises `ValueError` for more, before anything has changed.
+        came after it later, and all of the last pass where past is recorded. Raises `ValueError` for more, before anything
+        has changed.
         """
         if tokens_to_remove > 0:
+            # Releases before 5.10 give the length to keep.
             tokens_to_remove = -max(0, self.seen - tokens_to_remove)
         gone = -tokens_to_remove
-        if gone == 0 or not self.is_initialized:
+        if not self.is_initialized:
             return
+        self.check_crop(gone)
+        if gone:
+            self._remove(gone)
+        self.accept()
+
+    def check_crop(self, gone: int) -> None:
+        """Raise `ValueError` where the last `gone` tokens can't be removed."""
         floor = self.config.dynamic_start_size + self.width if self.compacted else 0
         if gone > self.length - floor:
             raise ValueError(
-                f"crop({tokens_to_remove}) asks for more than the last {self.length - floor} tokens, "
+                f"crop({-gone}) asks for more than the last {self.length - floor} tokens, "
                 "which are all that is held exactly; what was compacted can't be rolled back"
             )
+
+    def _remove(self, gone: int) -> None:
+        waiting = 0 if self._waiting is None else self._waiting.shape[3]
         self.length -= gone
         self.seen -= gone
+        if self.overflow is not None:
+            # Nothing of the pass was written yet.
+            whole, self.overflow = self.overflow, None
+            start = whole.length - waiting
+            if self.length > self.capacity:
+                self.overflow = whole.slice(0, self.length)
+            elif self.length > start:
+                self.buffer.write(start, whole.slice(start, self.length))
         self._reuse(self.length, self.length + gone)
-        self.query_count = max(0, self.query_count - gone)
-        self.query_folded = min(self.query_folded, self.query_count)
+        if gone < waiting:
+            self._waiting = self._waiting[:, :, :, : waiting - gone]
+        elif waiting:
+            self._waiting, gone = None, gone - waiting
+        if self._waiting is None:
+            self.query_count = max(0, self.query_count - gone)
+            self.query_folded = min(self.query_folded, self.query_count)
 
     def reset(self) -> None:
         """Forget everything, as a new layer."""
@@ -760,14 +841,17 @@ class ADMSLayer(CacheLayerMixin):
             return
         self.group = None
         self._bias = None
-        self.buffer = self.buffer.map(function)
+        if self.buffer is not None:
+            self.buffer = self.buffer.map(function)
+        if self.overflow is not None:
+            self.overflow = self.overflow.map(function)
         for name in STATES:
             state = getattr(self, name)
             if state is not None:
                 setattr(self, name, state.map(function))
         if self.planned is not None:
             self.planned = (function(self.planned[0]), self.planned[1])
-        for name in ("query_buffer", "query_real", "variance_ema", "budgets"):
+        for name in ("query_buffer", "variance_ema", "budgets", "_waiting"):
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, function(tensor))
@@ -810,8 +894,7 @@ class ADMSLayer(CacheLayerMixin):
     @property
     def query_nbytes(self) -> int:
         """Bytes of the stored queries."""
-        tensors = (self.query_buffer, self.query_real)
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        return 0 if self.query_buffer is None else self.query_buffer.numel() * self.query_buffer.element_size()
 
     def held_tokens(self) -> torch.Tensor:
         """Tokens held per row, averaged over the heads, float32 `[batch]`."""

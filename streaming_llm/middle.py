@@ -162,7 +162,7 @@ def _sketched(
     made = make_sketches(members, chosen, slots, config.sketch_reduction, _draws(layer, source) if log_mass else None)
     result = middle.map(torch.clone)
     for name, own in result.tensors().items():
-        new = getattr(made, name) if name != "tier" else torch.full_like(made.tier, SKETCH)
+        new = made.field(name) if name != "tier" else torch.full_like(made.tier, SKETCH)
         wide = own.dim() == 4
         where = index[..., None].expand(*index.shape, own.shape[-1]) if wide else index
         own.scatter_(2, where, torch.where(picked[..., None] if wide else picked, new.to(own.dtype), own.gather(2, where)))

@@ -25,13 +25,14 @@ class Originals(HeadState):
     """A bounded store of originals per head, its slots in no particular order.
 
     Attributes:
-        keys: `[batch, kv_heads, slots, head_dim]`, rotated to `pos`, to the bit as the model computed them.
+        keys: `[batch, kv_heads, slots, head_dim]`, rotated to `pos`, to the bit as the model computed them (or as moved).
         values: `[batch, kv_heads, slots, value_dim]`.
         pos: `[batch, kv_heads, slots]`, float32.
         share: part of its stand-in's mass that is this token's, float32 in [0, 1].
         score: remembered importance when it was stored, float32.
         parent: slot of the middle whose token stands for it, int64.
         order: number of its arrival, rising; -1 for a free slot. int64.
+        exact_keys, exact_pos: as for `WeightedTokens`.
     """
 
     keys: torch.Tensor
@@ -41,6 +42,8 @@ class Originals(HeadState):
     score: torch.Tensor
     parent: torch.Tensor
     order: torch.Tensor
+    exact_keys: torch.Tensor | None = None
+    exact_pos: torch.Tensor | None = None
 
     @classmethod
     def empty(cls, keys: torch.Tensor, values: torch.Tensor, slots: int, copies: int = 1) -> Originals:
@@ -70,6 +73,15 @@ class Originals(HeadState):
         """Originals a head may keep."""
         return self.order.shape[-1]
 
+    @property
+    def exact(self) -> bool:
+        """Whether keys are kept as they were before any move."""
+        return self.exact_keys is not None
+
+    def with_exact(self) -> Originals:
+        """The same with `exact_keys` and `exact_pos`, copies of what they are now."""
+        return self if self.exact else dataclasses.replace(self, exact_keys=self.keys.clone(), exact_pos=self.pos.clone())
+
     def free(self, leaving: torch.Tensor) -> None:
         """Free the slots where `leaving [batch, kv_heads, slots]` is True, in place."""
         self.order.masked_fill_(leaving, -1)
@@ -81,6 +93,8 @@ class Originals(HeadState):
         keys, values, pos = (gather_tokens(tensor, index) for tensor in (self.keys, self.values, self.pos))
         tokens = WeightedTokens.new(keys, values, pos)
         tokens.tier.fill_(tier)
+        if self.exact:
+            tokens.exact_keys, tokens.exact_pos = gather_tokens(self.exact_keys, index), gather_tokens(self.exact_pos, index)
         return tokens.where_valid(picked)
 
     def follow(self, assigned: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
@@ -122,6 +136,8 @@ class Originals(HeadState):
         worst, slot = torch.where(self.valid, held, -1.0).topk(count, dim=2, largest=False)
         taken = best > worst
         fresh = {"keys": tokens.keys, "values": tokens.values, "pos": tokens.pos, "share": share, "score": tokens.score}
+        if self.exact:
+            fresh |= {"exact_keys": tokens.field("exact_keys"), "exact_pos": tokens.field("exact_pos")}
         for name, tensor in {**fresh, "parent": parent, "order": arrival}.items():
             own = getattr(self, name)
             wide = own.dim() == 4

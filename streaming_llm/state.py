@@ -19,8 +19,9 @@ class HeadState:
     """
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors by name."""
-        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        """The tensors by name, those that are there."""
+        named = ((item.name, getattr(self, item.name)) for item in dataclasses.fields(self))
+        return {name: tensor for name, tensor in named if tensor is not None}
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]):
         """Each tensor replaced by `function(tensor)`."""

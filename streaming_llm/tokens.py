@@ -27,6 +27,9 @@ class WeightedTokens:
         square: mean squared attention probability, as `mass`.
         count: how many real tokens it stands for `[batch, kv_heads, tokens]`, int32.
         tier: which tier it belongs to (`EXACT`, `PRECISION`, ...), int8.
+        exact_keys: keys as they were before any move, rotated to `exact_pos`, so that roundings of half-precision keys
+            do not add up; None where keys were never moved, or are wide enough.
+        exact_pos: as `pos`; None with `exact_keys`.
     """
 
     keys: torch.Tensor
@@ -38,6 +41,8 @@ class WeightedTokens:
     square: torch.Tensor
     count: torch.Tensor
     tier: torch.Tensor
+    exact_keys: torch.Tensor | None = None
+    exact_pos: torch.Tensor | None = None
 
     @classmethod
     def new(cls, keys: torch.Tensor, values: torch.Tensor, pos: torch.Tensor) -> WeightedTokens:
@@ -60,16 +65,24 @@ class WeightedTokens:
         )
 
     @classmethod
-    def empty(cls, keys: torch.Tensor, values: torch.Tensor, slots: int, copies: int = 1) -> WeightedTokens:
-        """`slots` unused slots shaped, typed and placed like `keys` and `values`, for `copies` times as many rows."""
+    def empty(
+        cls, keys: torch.Tensor, values: torch.Tensor, slots: int, copies: int = 1, exact: bool = False
+    ) -> WeightedTokens:
+        """`slots` unused slots shaped, typed and placed like `keys` and `values`, for `copies` times as many rows.
+
+        `exact` adds `exact_keys` and `exact_pos`.
+        """
         batch, heads = keys.shape[0] * copies, keys.shape[1]
 
         def full(value: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.full((batch, heads, slots), value, dtype=dtype, device=keys.device)
 
+        def states(like: torch.Tensor) -> torch.Tensor:
+            return like.new_zeros(batch, heads, slots, like.shape[-1])
+
         return cls(
-            keys=keys.new_zeros(batch, heads, slots, keys.shape[-1]),
-            values=values.new_zeros(batch, heads, slots, values.shape[-1]),
+            keys=states(keys),
+            values=states(values),
             beta=full(-torch.inf),
             pos=full(0),
             score=full(0),
@@ -77,16 +90,34 @@ class WeightedTokens:
             square=full(0),
             count=full(0, torch.int32),
             tier=full(UNUSED, torch.int8),
+            exact_keys=states(keys) if exact else None,
+            exact_pos=full(0) if exact else None,
         )
 
     @staticmethod
     def field_names() -> tuple[str, ...]:
-        """Names of the tensors, keys and values first."""
-        return tuple(item.name for item in dataclasses.fields(WeightedTokens))
+        """Names of the tensors that are always there, keys and values first."""
+        fields = dataclasses.fields(WeightedTokens)
+        return tuple(item.name for item in fields if item.default is dataclasses.MISSING)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors by name."""
-        return {name: getattr(self, name) for name in self.field_names()}
+        """The tensors by name, keys and values first."""
+        named = ((item.name, getattr(self, item.name)) for item in dataclasses.fields(WeightedTokens))
+        return {name: tensor for name, tensor in named if tensor is not None}
+
+    def field(self, name: str) -> torch.Tensor:
+        """A tensor by name; of tokens that were never moved the exact keys are the keys."""
+        tensor = getattr(self, name)
+        return getattr(self, name.removeprefix("exact_")) if tensor is None else tensor
+
+    @property
+    def exact(self) -> bool:
+        """Whether keys are kept as they were before any move."""
+        return self.exact_keys is not None
+
+    def with_exact(self) -> WeightedTokens:
+        """The same with `exact_keys` and `exact_pos`, copies of what they are now."""
+        return self if self.exact else dataclasses.replace(self, exact_keys=self.keys.clone(), exact_pos=self.pos.clone())
 
     def map(self, function) -> WeightedTokens:
         """Each tensor replaced by `function(tensor)`."""
@@ -119,7 +150,17 @@ class WeightedTokens:
         """Overwrite the slots from `start` on with `tokens`, in place."""
         stop = start + tokens.length
         for name, tensor in self.tensors().items():
-            tensor[:, :, start:stop] = getattr(tokens, name)
+            tensor[:, :, start:stop] = tokens.field(name)
+
+    def append(self, start: int, keys: torch.Tensor, values: torch.Tensor, pos: torch.Tensor) -> None:
+        """Write new tokens into fresh slots from `start` on, in place; shapes as for `new`."""
+        stop = start + keys.shape[2]
+        self.keys[:, :, start:stop] = keys
+        self.values[:, :, start:stop] = values
+        self.pos[:, :, start:stop] = pos
+        if self.exact:
+            self.exact_keys[:, :, start:stop] = keys
+            self.exact_pos[:, :, start:stop] = pos
 
     def refresh(self, start: int, stop: int) -> None:
         """Give the slots from `start` to `stop` the bookkeeping of untouched tokens, in place."""
@@ -157,8 +198,8 @@ def gather_tokens(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 def concatenate(parts: list[WeightedTokens]) -> WeightedTokens:
     """The parts' slots one after the other."""
-    names = WeightedTokens.field_names()
-    return WeightedTokens(**{name: torch.cat([getattr(part, name) for part in parts], dim=2) for name in names})
+    names = max((part.tensors() for part in parts), key=len)
+    return WeightedTokens(**{name: torch.cat([part.field(name) for part in parts], dim=2) for name in names})
 
 
 def top_slots(

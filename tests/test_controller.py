@@ -477,7 +477,7 @@ def test_a_layer_whose_attention_is_diffuse_loses_little_and_gives_budget_to_the
     assert widths[diffuse] == min(widths) < 12 < max(widths)
 
 
-@pytest.mark.parametrize("chunks", [(3, 100, 3, 3, 50, 4), (200, 1, 1, 60, 30)])
+@pytest.mark.parametrize("chunks", [(3, 100, 3, 3, 50, 4), (200, 2, 1, 50, 30)])
 def test_long_prefills_between_plans_keep_the_total(chunks):
     cache = enable_adms_llm(MODEL, controller_scope="model", **CONTROLLED)
     for number, chunk in enumerate(chunks * 4):

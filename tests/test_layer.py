@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from streaming_llm import ADMSConfig, ADMSLayer, NonFiniteError, WeightedTokens
 from streaming_llm import layer as layer_module
 from streaming_llm.compressors import attention_matching
-from streaming_llm.layer import Arrival
 from streaming_llm.tokens import EXACT, PRECISION, RECENT, SINK
 
 ALL = ("low_rank", "vq", "attention_matching")
@@ -30,9 +29,9 @@ def make(wired: bool = True, **chosen) -> ADMSLayer:
     return ADMSLayer(ADMSConfig(**{**shape, **chosen}), wired)
 
 
-def feed(layer: ADMSLayer, keys, values, seed: int = 1, arrival: Arrival | None = None):
+def feed(layer: ADMSLayer, keys, values, seed: int = 1):
     """One forward pass of the layer: update, then attention, which shows the queries where the layer is wired."""
-    got = layer.update(keys, values, arrival=arrival)
+    got = layer.update(keys, values)
     if layer.wired:
         batch, heads, tokens, dim = keys.shape
         layer.observe(random_queries(tokens, batch, heads, GROUPS, dim, seed=seed).to(keys.dtype), SCALE)
@@ -345,24 +344,6 @@ def test_a_row_alone_holds_what_it_holds_in_a_batch(compressor):
             layer.settle()
     for name, tensor in together.held.tensors().items():
         torch.testing.assert_close(getattr(alone.held, name), tensor[1:2], rtol=1e-3, atol=1e-4, msg=name)
-
-
-def test_padding_is_no_token():
-    keys, values = random_states(60, 2, HEADS, DIM)
-    real = torch.ones(2, 60, dtype=torch.bool)
-    real[0, :9] = False
-    layer = make()
-    for start in range(0, 60, 5):
-        part = slice(start, start + 5)
-        positions = (real.cumsum(-1) - 1).clamp_min(0)[:, part]
-        feed(layer, keys[:, :, part], values[:, :, part], arrival=Arrival(positions, real[:, part]))
-        expected = real[:, : start + 5].sum(-1)
-        assert torch.equal(layer.held.count.sum(-1), expected[:, None].expand(2, HEADS).int())
-        assert layer.held_tokens().max() <= layer.config.expected_max_tokens
-    assert layer.compacted
-    # The sinks of each row are its first real tokens.
-    assert torch.equal(layer.keys[0, :, :2], keys[0, :, 9:11])
-    assert torch.equal(layer.keys[1, :, :2], keys[1, :, :2])
 
 
 # -- what attention is told ----------------------------------------------------------------------------------------------

@@ -153,4 +153,7 @@ class VQCompressor(Compressor):
             count=summed(tokens.count).round().int(),
             tier=torch.where(used, PRECISION, UNUSED).to(torch.int8),
         )
+        if tokens.exact:
+            made.exact_keys = torch.where(single[..., None], alone.exact_keys, keys)
+            made.exact_pos = torch.where(single, alone.exact_pos, made.pos)
         return made, nearest
