@@ -1,6 +1,6 @@
 """Compare ADMS and StreamingLLM at equal tokens a head with the full cache, on one stream of text.
 
-With no argument: SmolLM2-135M-Instruct on the shipped chapters of *Pride and Prejudice*, ADMS with all four ADM++
+With no argument: SmolLM2-135M-Instruct on the shipped novel, *Pride and Prejudice*, ADMS with all four ADM++
 modules on. Ends with a table and writes `results.json` and `perplexity.png` into `--output_dir`.
 """
 

@@ -16,7 +16,7 @@ from conftest import stream, token_ids
 import streaming_llm
 from streaming_llm import SUPPORTED_MODEL_TYPES, ADMSConfig, compressors
 from streaming_llm.config import BOOKKEEPING_BYTES, ORIGINAL_BYTES
-from streaming_llm.evaluation import ablation, cli, plan_methods, resolve_settings
+from streaming_llm.evaluation import ablation, cli, long_stream, passkey, plan_methods, resolve_settings, soak
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "QUICKSTART.md", "ADM_PLUS_PLUS_IMPLEMENTATION.md")
@@ -44,6 +44,13 @@ def flag_table() -> str:
             rows.append(f"| `--{name}` | {meaning} |")
     return "\n".join(rows)
 
+
+# Scripts with a parser of their own, and what checks its arguments.
+LONG = {
+    "examples/long_stream.py": (long_stream, long_stream.checked_plans),
+    "examples/passkey.py": (passkey, passkey.checked_plans),
+    "examples/soak.py": (soak, soak.checked_plan),
+}
 
 MADE_FROM_CODE = {
     ("README.md", "model types"): model_types,
@@ -108,7 +115,9 @@ def test_what_is_made_from_the_code_is_what_the_code_says(document, part):
 
 def test_every_flag_in_the_documents_exists():
     flags = parser().flags()
-    allowed = {*flags, *(f"no-{name}" for name in flags), *ablation.build_parser().flags(), "help"}
+    others = (ablation, long_stream, passkey, soak)
+    allowed = {*flags, *(f"no-{name}" for name in flags), "help"}
+    allowed |= {name for module in others for name in module.build_parser().flags()}
     for document in DOCUMENTS:
         lines = [line for line in read(document).splitlines() if "pip " not in line]
         named = set(re.findall(r"(?<![\w<!-])--([a-z][\w-]*)", "\n".join(lines)))
@@ -126,6 +135,9 @@ def test_every_example_in_the_documents_can_be_called_as_it_is_written():
             assert argv == [], f"{script} takes no arguments"
         elif script == "examples/ablation.py":
             ablation._checked_plans(ablation.build_parser().parse_args(argv))
+        elif script in LONG:
+            module, check = LONG[script]
+            check(cli.parse_arguments(module.build_parser(), argv))
         else:
             arguments = cli.parse_arguments(parser(), argv)
             plan_methods(arguments.methods, resolve_settings(cli.cache_settings(arguments)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import sys
 from types import SimpleNamespace
@@ -43,15 +44,20 @@ def test_the_shipped_text_is_the_novel_from_its_first_line():
     text = shipped_text()
     assert text.startswith("PRIDE AND PREJUDICE\n\nBy Jane Austen\n")
     assert "It is a truth universally acknowledged" in text[:200]
-    assert len(text) == 231_267
+    assert len(text) == 684_768
+    # What published figures were measured on is its beginning.
+    assert (
+        hashlib.sha256(text[:231_267].encode()).hexdigest()
+        == "801176734df97a0bae43c7b75a4a1e250bbd2f935ec8fc0f8cd06a286831b99c"
+    )
 
 
 def test_the_shipped_text_is_the_default_and_long_enough(smol):
     _, tokenizer = smol
-    text = load_text(tokenizer, num_eval_tokens=50_000)
+    text = load_text(tokenizer, num_eval_tokens=65_536)
     assert text.name == "pride_and_prejudice"
-    assert text.total_tokens == 50_000
-    # The excerpt's tokens are what published figures depend on: reading less of the text must not change them.
+    assert text.total_tokens == 65_536
+    # The first tokens are what published figures depend on: reading less of the text must not change them.
     assert load_text(tokenizer, num_eval_tokens=6144).streams[0].equal(text.streams[0][:6144])
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .cli import Parser, ProgressReport, exit_code, prepare
+from .cli import Parser, ProgressReport, check_least, check_plans, exit_code, prepare, split_names
 from .errors import EvaluationError
 from .methods import BASE, FEATURE_SETTINGS, FEATURES, Method, Plan, cache_factory, plan_methods
 from .streaming import MethodResult
@@ -191,10 +191,9 @@ def summarize(results: Mapping[str, MethodResult]) -> tuple[Row, ...]:
 
 def markdown(section: Section) -> str:
     """A section's two tables as one, in Markdown."""
-    columns = COLUMNS | COUNTER_COLUMNS
-    lines = [list(columns), ["---"] * len(columns)]
-    lines += [[show(row) for show in columns.values()] for row in section.rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    from .report import markdown_columns
+
+    return markdown_columns(section.rows, COLUMNS | COUNTER_COLUMNS)
 
 
 def document(sections: Sequence[Section], settings: Mapping[str, Any], device: Any) -> dict[str, Any]:
@@ -313,8 +312,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[NOVEL],
         metavar="TEXT",
-        help=f"{NOVEL} (the shipped chapters of Pride and Prejudice), text files, or names for the datasets library "
-        f"({NOVEL})",
+        help=f"{NOVEL} (the shipped novel, Pride and Prejudice), text files, or names for the datasets library ({NOVEL})",
     )
     add("--task", help="configuration of the data sets among the texts, such as wikitext-2-raw-v1")
     add("--split", default="test", help="their split (%(default)s)")
@@ -436,20 +434,12 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _checked_plans(arguments: argparse.Namespace) -> dict[int, list[Plan]]:
-    from streaming_llm import ADMSConfig, ADMSKVCache
-
-    least = {"chunk_size": 1, "score_from": 1, "log_every": 0, "num_eval_tokens": 2, "seed": 0}
-    for name, number in least.items():
-        value = getattr(arguments, name)
-        if value is not None and value < number:
-            raise ValueError(f"{name}={value} is too small; it must be at least {number}")
-    names = [name for item in arguments.variants for name in item.split(",") if name]
+    check_least(arguments, {"chunk_size": 1, "score_from": 1, "log_every": 0, "num_eval_tokens": 2, "seed": 0})
+    names = split_names(arguments.variants)
     settings = parse_settings(arguments.set) | {"seed": arguments.seed}
     plans = {budget: plan_variants(names, budget, settings) for budget in dict.fromkeys(arguments.budgets)}
     _check_length(arguments.num_eval_tokens, "num_eval_tokens", plans, arguments.score_from, ValueError)
-    for plan in (plan for planned in plans.values() for plan in planned):
-        if plan.method.kind == "adms":
-            ADMSKVCache(ADMSConfig(**plan.settings))
+    check_plans([plan for planned in plans.values() for plan in planned])
     return plans
 
 
@@ -478,20 +468,10 @@ _COUNTER_CAPTION = (
 
 
 def _print_tables(section: Section, console) -> None:
-    from rich import box
-    from rich.table import Table
+    from .report import print_columns
 
-    looks = ((COLUMNS, _heading(section), _CAPTION), (COUNTER_COLUMNS, "What the modules did", _COUNTER_CAPTION))
-    for columns, heading, note in looks:
-        table = Table(title=heading, caption=note, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        table.collapse_padding = True  # for a terminal of 80 columns
-        table.title_justify = table.caption_justify = "left"
-        for index, column in enumerate(columns):
-            table.add_column(column.replace(" ", "\n", 1), justify="right" if index else "left", no_wrap=True)
-        for row in section.rows:
-            table.add_row(*(show(row) for show in columns.values()))
-        console.print()
-        console.print(table)
+    print_columns(section.rows, COLUMNS, _heading(section), _CAPTION, console)
+    print_columns(section.rows, COUNTER_COLUMNS, "What the modules did", _COUNTER_CAPTION, console)
 
 
 def _sizes(result: MethodResult) -> tuple[int, int]:

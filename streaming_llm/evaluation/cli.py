@@ -8,7 +8,7 @@ import json
 import logging
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from typing import Any
 from .errors import EvaluationError, require
 from .methods import (
     DEFAULT_MIDDLE,
+    DEFAULT_RECENT,
     FEATURES,
     METHODS,
+    Plan,
     cache_factory,
     plan_methods,
     resolve_settings,
@@ -51,22 +53,10 @@ def build_parser(prog: str, description: str, methods: Sequence[str], output_dir
     parser = Parser(prog=prog, description=description, allow_abbrev=False)
     groups = {name: parser.add_argument_group(name) for name in _GROUPS}
 
-    add = groups["model"].add_argument
-    add("--model_name_or_path", metavar="NAME", help="hub name, local folder or .gguf file (SmolLM2-135M-Instruct)")
-    add("--dtype", default="float32", help="float32, bfloat16, float16 or auto (%(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
-    add("--seed", type=int, default=argparse.SUPPRESS, help="seed of torch's and the cache's random numbers (0)")
+    add_model_flags(groups["model"])
 
+    add_text_flags(groups["text"])
     add = groups["text"].add_argument
-    add(
-        "--dataset_name",
-        metavar="NAME",
-        help="a text file (.txt, .md, also gzipped), or a name or folder for the datasets library "
-        "(the shipped chapters of Pride and Prejudice)",
-    )
-    add("--task", help="the data set's configuration, such as wikitext-2-raw-v1")
-    add("--split", default="test", help="the data set's split (%(default)s)")
-    add("--text_field", default="text", help="the data set's column that holds the text (%(default)s)")
     add("--num_samples", type=int, metavar="N", help="use at most N samples: rows of a data set; a file is one (all)")
     add("--num_eval_tokens", type=int, default=6144, metavar="N", help="tokens to run in total (%(default)s)")
     add(
@@ -84,15 +74,8 @@ def build_parser(prog: str, description: str, methods: Sequence[str], output_dir
     add("--min_seq_len", type=int, default=1, metavar="N", help="leave out samples of fewer tokens (%(default)s)")
     add("--sep", default="\\n\\n", help="text between joined samples; \\n and \\t are understood (%(default)s)")
 
+    add_method_flags(groups["scoring"], methods)
     add = groups["scoring"].add_argument
-    add(
-        "--methods",
-        nargs="+",
-        default=list(methods),
-        metavar="METHOD",
-        help=f"methods to compare, at equal tokens a head: {', '.join(METHODS)} ({' '.join(methods)})",
-    )
-    add("--chunk_size", type=int, default=64, metavar="N", help="tokens a forward pass; 1: one by one (%(default)s)")
     add(
         "--score_from",
         type=int,
@@ -107,7 +90,50 @@ def build_parser(prog: str, description: str, methods: Sequence[str], output_dir
         help="tokens decoded one by one after the stream, for their timing only; 0: none (%(default)s)",
     )
 
-    add = groups["output"].add_argument
+    add_output_flags(groups["output"], output_dir)
+    add_settings(parser)
+    return parser
+
+
+def add_model_flags(group: argparse._ArgumentGroup) -> None:
+    """The flags that say what is run and on what."""
+    add = group.add_argument
+    add("--model_name_or_path", metavar="NAME", help="hub name, local folder or .gguf file (SmolLM2-135M-Instruct)")
+    add("--dtype", default="float32", help="float32, bfloat16, float16 or auto (%(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
+    add("--seed", type=int, default=argparse.SUPPRESS, help="seed of torch's and the cache's random numbers (0)")
+
+
+def add_text_flags(group: argparse._ArgumentGroup) -> None:
+    """The flags that say where a text comes from."""
+    add = group.add_argument
+    add(
+        "--dataset_name",
+        metavar="NAME",
+        help="a text file (.txt, .md, also gzipped), or a name or folder for the datasets library "
+        "(the shipped novel, Pride and Prejudice)",
+    )
+    add("--task", help="the data set's configuration, such as wikitext-2-raw-v1")
+    add("--split", default="test", help="the data set's split (%(default)s)")
+    add("--text_field", default="text", help="the data set's column that holds the text (%(default)s)")
+
+
+def add_method_flags(group: argparse._ArgumentGroup, methods: Sequence[str]) -> None:
+    """The flags that say which methods read it, and how many tokens at once."""
+    add = group.add_argument
+    add(
+        "--methods",
+        nargs="+",
+        default=list(methods),
+        metavar="METHOD",
+        help=f"methods to compare, at equal tokens a head: {', '.join(METHODS)} ({' '.join(methods)})",
+    )
+    add("--chunk_size", type=int, default=64, metavar="N", help="tokens a forward pass; 1: one by one (%(default)s)")
+
+
+def add_output_flags(group: argparse._ArgumentGroup, output_dir: str) -> None:
+    """The flags of what is written and printed, and the file of flags."""
+    add = group.add_argument
     add("--output_dir", default=output_dir, metavar="DIR", help="where results.json and the plot go (%(default)s)")
     add("--log_every", type=int, default=1024, metavar="N", help="print a line every N tokens; 0: never (%(default)s)")
     add(
@@ -116,24 +142,24 @@ def build_parser(prog: str, description: str, methods: Sequence[str], output_dir
         help="JSON object of these flags and settings by name; flags on the command line win over it",
     )
 
-    _add_settings(parser)
-    return parser
 
+def add_settings(parser: Parser, recent: int = DEFAULT_RECENT, middle: int = DEFAULT_MIDDLE) -> None:
+    """One flag for every field of `ADMSConfig`, typed as the field is, and the documented --disable_* flags.
 
-def _add_settings(parser: Parser) -> None:
-    """One flag for every field of `ADMSConfig`, typed as the field is, and the documented --disable_* flags."""
+    `recent`, `middle`: the sizes that hold where none are given, as of `resolve_settings`.
+    """
     from streaming_llm import ADMSConfig
 
     group = parser.add_argument_group("cache settings", "every setting of ADMSConfig, under its own name")
     hints = typing.get_type_hints(ADMSConfig)
     taken = {action.dest for action in parser._actions}
-    defaults = resolve_settings({})
+    defaults = resolve_settings({}, recent, middle)
     for field in dataclasses.fields(ADMSConfig):
         if field.name in taken or not field.init:
             continue
         default = defaults.get(field.name, field.default)
         if field.name == "compressed_budget":
-            default = f"{default}: {DEFAULT_MIDDLE} less sketch_budget and replay_budget"
+            default = f"{default}: {middle} less sketch_budget and replay_budget"
         text = f"{field.metadata.get('help', '').rstrip('.')} ({default})".strip().replace("%", "%%")
         kind = hints[field.name]
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
@@ -209,6 +235,28 @@ def cache_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return {field.name: given[field.name] for field in dataclasses.fields(ADMSConfig) if field.name in given}
 
 
+def split_names(items: Sequence[str]) -> list[str]:
+    """Names given apart or joined by commas."""
+    return [name for item in items for name in item.split(",") if name]
+
+
+def check_plans(plans: Sequence[Plan]) -> None:
+    """Raise `ValueError` for settings that a cache refuses, before anything is loaded."""
+    from streaming_llm import ADMSConfig, ADMSKVCache
+
+    for plan in plans:
+        if plan.method.kind == "adms":
+            ADMSKVCache(ADMSConfig(**plan.settings))
+
+
+def check_least(arguments: argparse.Namespace, least: Mapping[str, int]) -> None:
+    """Raise `ValueError` for an argument that is given and below what `least` says of it."""
+    for name, number in least.items():
+        value = getattr(arguments, name)
+        if value is not None and value < number:
+            raise ValueError(f"{name}={value} is too small; it must be at least {number}")
+
+
 def main(
     argv: Sequence[str] | None = None,
     *,
@@ -271,14 +319,9 @@ def prepare(arguments: argparse.Namespace) -> Setup:
 
 
 def _run(arguments: argparse.Namespace, markdown: bool) -> int:
-    from streaming_llm import ADMSConfig, ADMSKVCache
-
     # All that can be wrong with the arguments is found before the weights are loaded.
-    names = [name for item in arguments.methods for name in item.split(",") if name]
-    plans = plan_methods(names, resolve_settings(cache_settings(arguments)))
-    for plan in plans:
-        if plan.method.kind == "adms":
-            ADMSKVCache(ADMSConfig(**plan.settings))
+    plans = plan_methods(split_names(arguments.methods), resolve_settings(cache_settings(arguments)))
+    check_plans(plans)
     _check(arguments)
     setup = prepare(arguments)
     console, output, model, model_name = setup.console, setup.output, setup.model, setup.model_name
@@ -339,10 +382,7 @@ def _check(arguments: argparse.Namespace) -> None:
         "concat_limit": 2,
         "min_seq_len": 0,
     }
-    for name, number in least.items():
-        value = getattr(arguments, name)
-        if value is not None and value < number:
-            raise ValueError(f"{name}={value} is too small; it must be at least {number}")
+    check_least(arguments, least)
     if arguments.score_from is not None and arguments.score_from >= arguments.num_eval_tokens:
         raise ValueError(
             f"score_from={arguments.score_from} leaves nothing to score of {arguments.num_eval_tokens} tokens "

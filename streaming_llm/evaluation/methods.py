@@ -77,8 +77,10 @@ class Settings(dict):
     defaulted: frozenset[str] = frozenset()
 
 
-def resolve_settings(settings: Mapping[str, Any]) -> Settings:
+def resolve_settings(settings: Mapping[str, Any], recent: int = DEFAULT_RECENT, middle: int = DEFAULT_MIDDLE) -> Settings:
     """The settings of a comparison: what was given, over the examples' defaults (see the constants above).
+
+    `recent`, `middle`: the recent window and the middle tokens, all tiers together, where nothing is said of them.
 
     `use_adaptive_budget=True` takes the place of the adaptive controller unless that was given too: both set budgets.
     """
@@ -94,15 +96,15 @@ def resolve_settings(settings: Mapping[str, Any]) -> Settings:
         for feature in features:
             for name in FEATURE_SETTINGS[feature]:
                 resolved.setdefault(name, getattr(recommended, name))
-    resolved.setdefault("recent_size", DEFAULT_RECENT)
+    resolved.setdefault("recent_size", recent)
     if "compressed_budget" not in resolved:
         others = resolved.get("sketch_budget", 0) + resolved.get("replay_budget", 0)
-        if others >= DEFAULT_MIDDLE:
+        if others >= middle:
             raise ValueError(
                 f"sketch_budget and replay_budget together are {others} tokens and leave nothing of the "
-                f"{DEFAULT_MIDDLE} middle tokens; give compressed_budget as well"
+                f"{middle} middle tokens; give compressed_budget as well"
             )
-        resolved["compressed_budget"] = DEFAULT_MIDDLE - others
+        resolved["compressed_budget"] = middle - others
     return resolved
 
 
@@ -177,7 +179,7 @@ def _total_tokens(config) -> int:
 
 def _baseline_settings(name: str, config, settings: Mapping[str, Any], total: int) -> dict[str, Any]:
     # A baseline shares what has a meaning for it: positions, when the layer compacts and SnapKV's window.
-    shared = ("compression_interval", "enable_pos_shift", "attention_window")
+    shared = ("compression_interval", "enable_pos_shift", "position_policy", "attention_window")
     own = {key: settings[key] for key in shared if key in settings}
     sinks = config.dynamic_start_size
     own["start_size"] = sinks

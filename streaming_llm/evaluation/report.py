@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ TIME_CAPTION = (
 )
 
 # A column's head, and how a result reads in it; a dash where there is nothing to compare to.
+Columns = Mapping[str, Callable[[Any], str]]
 COLUMNS: dict[str, Callable[[MethodResult], str]] = {
     "method": lambda result: result.method,
     "perplexity": lambda result: f"{result.perplexity:.2f}",
@@ -43,29 +44,38 @@ TIME_COLUMNS: dict[str, Callable[[MethodResult], str]] = {
 
 def print_tables(results: Mapping[str, MethodResult], title: str, caption: str, console=None) -> None:
     """Print the comparison, and below it what compaction costs, to the terminal (needs `rich`)."""
+    # Two tables: together they would not fit a terminal of 80 columns.
+    print_columns(results.values(), COLUMNS, title, caption, console)
+    print_columns(results.values(), TIME_COLUMNS, "What compaction costs", TIME_CAPTION, console)
+
+
+def print_columns(rows: Iterable[Any], columns: Columns, title: str, caption: str, console=None) -> None:
+    """Print a table without a frame, a line for each of `rows` (needs `rich`)."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = console or Console()
-    looks = ((COLUMNS, title, caption), (TIME_COLUMNS, "What compaction costs", TIME_CAPTION))
-    for columns, heading, note in looks:
-        # Two tables without frames: together they would not fit a terminal of 80 columns.
-        table = Table(title=heading, caption=note, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        table.title_justify = table.caption_justify = "left"
-        for index, column in enumerate(columns):
-            table.add_column(column.replace(" ", "\n", 1), justify="right" if index else "left", no_wrap=True)
-        for result in results.values():
-            table.add_row(*(show(result) for show in columns.values()))
-        console.print()
-        console.print(table)
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.collapse_padding = True  # for a terminal of 80 columns
+    table.title_justify = table.caption_justify = "left"
+    for index, column in enumerate(columns):
+        table.add_column(column.replace(" ", "\n", 1), justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(show(row) for show in columns.values()))
+    console.print()
+    console.print(table)
 
 
 def markdown_table(results: Mapping[str, MethodResult]) -> str:
     """Both tables as one, in Markdown."""
-    columns = COLUMNS | TIME_COLUMNS
+    return markdown_columns(results.values(), COLUMNS | TIME_COLUMNS)
+
+
+def markdown_columns(rows: Iterable[Any], columns: Columns) -> str:
+    """A table in Markdown, a line for each of `rows`."""
     lines = [list(columns), ["---"] * len(columns)]
-    lines += [[show(result) for show in columns.values()] for result in results.values()]
+    lines += [[show(row) for show in columns.values()] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -116,6 +116,34 @@ def lockstep(
             yield Chunk(method, start, end, end - rows, output.logits[0, -rows:], seconds)
 
 
+def scored_part(chunk: Chunk, tokens: int, score_from: int) -> tuple[torch.Tensor, range]:
+    """The logits `[rows, vocabulary]` of a chunk that predict scored tokens of a stream of `tokens`, and their indices."""
+    # Row i predicts token i + 1.
+    first, last = max(chunk.first_row, score_from - 1), min(chunk.end, tokens - 1)
+    last = max(first, last)
+    return chunk.logits[first - chunk.first_row : last - chunk.first_row], range(first + 1, last + 1)
+
+
+def predictions(
+    chunk: Chunk, logits: torch.Tensor, targets: torch.Tensor
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """The log-probabilities of logits `[rows, vocabulary]`, `ROWS` rows at a time, and the loss of each row's target.
+
+    Yields the rows, float32 `[rows, vocabulary]` and float64 `[rows]` in nats. Raises `EvaluationError` for a loss that is
+    no finite number.
+    """
+    for start in range(0, logits.shape[0], ROWS):
+        rows = slice(start, start + ROWS)
+        log_p = F.log_softmax(logits[rows].float(), dim=-1)
+        losses = -log_p.gather(-1, targets[rows, None])[:, 0].double()
+        if not bool(losses.isfinite().all()):
+            raise EvaluationError(
+                f"method {chunk.method!r} gives logits that are no numbers between tokens {chunk.start} and "
+                f"{chunk.end}; try dtype float32"
+            )
+        yield rows, log_p, losses
+
+
 def evaluate_streams(
     model,
     streams: Sequence[torch.Tensor],
@@ -144,7 +172,7 @@ def evaluate_streams(
     tallies = {name: _Tally() for name in order}
     done = 0
     caches: dict[str, Any] = {}
-    _warm_up(model, streams[0][:chunk_size])
+    warm_up(model, streams[0][:chunk_size])
     for stream in streams:
         caches = {name: methods[name]() for name in order}
         for cache in caches.values():
@@ -157,13 +185,11 @@ def evaluate_streams(
         for chunk in lockstep(model, stream, caches, chunk_size, first_row=scored_from - 1):
             tally = tallies[chunk.method]
             tally.time(chunk, caches[chunk.method])
-            # Row i predicts token i + 1: the rows that predict a scored token which exists.
-            first, last = max(chunk.first_row, scored_from - 1), min(chunk.end, tokens - 1)
-            if last > first:
-                logits = chunk.logits[first - chunk.first_row : last - chunk.first_row]
+            logits, scored = scored_part(chunk, tokens, scored_from)
+            if scored:
                 if chunk.method == REFERENCE:
                     reference = logits
-                tally.score(chunk, logits, targets[first + 1 : last + 1], reference)
+                tally.score(chunk, logits, targets[scored.start : scored.stop], reference)
             finished = chunk.end == tokens
             tally.sample(caches[chunk.method], done + chunk.end, force=finished)
             if chunk.method == order[-1]:
@@ -232,10 +258,7 @@ class _Tally:
             self.timing.compaction_share = _share(self._steady_compaction, self._steady_seconds)
 
     def score(self, chunk: Chunk, logits: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor | None) -> None:
-        for start in range(0, logits.shape[0], ROWS):
-            rows = slice(start, start + ROWS)
-            log_p = F.log_softmax(logits[rows].float(), dim=-1)
-            nll = -log_p.gather(-1, targets[rows, None]).double().sum().item()
+        for rows, log_p, losses in predictions(chunk, logits, targets):
             if reference is not None:
                 if chunk.method == REFERENCE:
                     kl = 0.0
@@ -244,12 +267,7 @@ class _Tally:
                     kl = F.kl_div(log_p, log_full, log_target=True, reduction="none").sum(-1).double().sum().item()
                 self.kl += kl
                 self.compared += log_p.shape[0]
-            if nll != nll or nll == float("inf"):
-                raise EvaluationError(
-                    f"method {chunk.method!r} gives logits that are no numbers between tokens {chunk.start} and "
-                    f"{chunk.end}; try dtype float32"
-                )
-            self.nll += nll
+            self.nll += losses.sum().item()
             self.scored += log_p.shape[0]
 
     def sample(self, cache, tokens: int, force: bool) -> None:
@@ -337,8 +355,8 @@ def _results(methods, tallies: dict[str, _Tally], tokens: int) -> dict[str, Meth
 
 
 @torch.no_grad()
-def _warm_up(model, chunk: torch.Tensor) -> None:
-    # The first forward of a process pays for libraries and memory that no method should be charged with.
+def warm_up(model, chunk: torch.Tensor) -> None:
+    """The first forward of a process pays for libraries and memory that no method should be charged with."""
     model(input_ids=chunk[None].to(next(model.parameters()).device), use_cache=False)
 
 

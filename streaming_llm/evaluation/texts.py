@@ -39,7 +39,7 @@ class TextStreams:
 
 
 def shipped_text() -> str:
-    """The first chapters of *Pride and Prejudice* (public domain), from the first line of the book on."""
+    """*Pride and Prejudice* (public domain), the whole novel, from the first line of the book on."""
     packed = resources.files(__package__).joinpath("data", f"{SHIPPED_TEXT}.txt.gz").read_bytes()
     return gzip.decompress(packed).decode("utf-8")
 
