@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import plain
 import pytest
-import reference as plain
 import torch
 from conftest import make_tiny_llama, random_queries, random_states, stream, token_ids
 from hypothesis import given, settings
