@@ -26,6 +26,11 @@ CHUNKS = {
 }  # fmt: skip
 
 
+def family(name: str):
+    # Where transformers lets Gemma 2 have sdpa (5.2), sdpa leaves its soft-capping out.
+    return make(name, "eager" if name == "gemma2" else None)
+
+
 def distinct(seed: int, tokens: int = 120) -> torch.Tensor:
     """Seeded token ids `[1, tokens]`, no two equal: equal tokens have equal values in the first layer, which is a tie."""
     return 3 + torch.randperm(125, generator=torch.Generator().manual_seed(seed))[None, :tokens]
@@ -80,7 +85,7 @@ def compared(model, ids: torch.Tensor, chunks, **chosen) -> plain.PlainCache:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_reference_without_compaction_is_the_model(name):
-    model, ids = make(name), token_ids(50)
+    model, ids = family(name), token_ids(50)
     expected = batched(model, ids, 7, DynamicCache(config=model.config))
     before = model.config._attn_implementation
     logits, cache = plain.plain_stream(model, ids, ADMSConfig(), 7)
@@ -160,7 +165,7 @@ def test_every_setting_does_what_the_reference_does(chosen, chunks):
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt_neox", "olmo2", "phi3", "qwen3", "smollm3"])
 def test_families_are_the_references_too(name):
-    model, ids = make(name), token_ids(120, seed=1)
+    model, ids = family(name), token_ids(120, seed=1)
     for chunks in (5, [60, 1, 20]):
         reference = compared(model, ids, chunks)
         assert reference.compactions >= 2 and reference.steady >= 90
