@@ -149,6 +149,7 @@ SETTINGS = {
     "compacting for every token": {"compression_interval": 1},
     "all pins and one token too many": {"compression_interval": 1, "importance_ratio": 1.0},
     "a subspace of few": {"svd_max_tokens": 10, "rank": 3},
+    "a recent window shorter than the interval": {"recent_size": 2},
     "no sinks": {"start_size": 0},
     "dynamic sinks": {"enable_dynamic_sink": True, "max_seq_length": 500},
     "score and value norm": {"attention_blend": 0.5},
