@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import plain
 import pytest
-import reference as plain
 import torch
 from conftest import make_tiny_llama, random_queries, random_states, stream, token_ids
 from hypothesis import given, settings
@@ -291,6 +291,20 @@ def test_low_rank_merges_as_the_slow_plain_reference_does(carried, seed):
     flat = [query.tolist() for query in single.reference.queries.states[0, 1].flatten(0, 1)]
     masses = plain.attention_masses(flat, context.keys[0, 1].tolist(), context.beta[0, 1].tolist(), SCALE)
     assert context.mass[0, 1].tolist() == pytest.approx(masses, rel=1e-4)
+
+
+def test_pinned_tokens_stay_where_the_others_keys_do_not_differ():
+    for alike in (1, 3):
+        case = make(middle=6 + alike, heads=1, pins=6)
+        pinned = case.reference.pinned[0, 0]
+        # Equal keys, or one alone, have no covariance but its rounding.
+        case.tokens.keys[:, :, ~pinned] = case.tokens.keys[:, :, ~pinned][:, :, :1].clone()
+        priority = get_compressor("low_rank")(case.config).leverage(
+            case.tokens.keys, case.reference.weight.masked_fill(case.reference.pinned, 0.0)
+        )
+        assert priority.max() <= case.config.rank
+        made = case.compress("low_rank", 6)
+        assert [int(position) - 3 for position in made.pos[0, 0]] == pinned.nonzero()[:, 0].tolist()
 
 
 def test_without_log_mass_tokens_join_by_their_counts():

@@ -17,6 +17,7 @@ from .merge import keep_best
 
 _RIDGE = 0.01
 _ITERATIONS = 2
+_ROUNDING = torch.finfo(torch.float32).eps
 
 
 @functools.lru_cache(maxsize=8)
@@ -63,9 +64,13 @@ class LowRankCompressor(Compressor):
         # Centring takes place on the small matrices: the sum of (x - m)(x - m)' is that of xx' less mm'.
         mean = fitted_root.transpose(-1, -2) @ fitted
         covariance = fitted.transpose(-1, -2) @ fitted - mean.transpose(-1, -2) @ mean
+        # Where keys do not differ, or there is one alone, the covariance is rounding, which is not to be magnified.
+        spread = torch.diagonal(covariance, dim1=-2, dim2=-1).sum(-1)[..., None, None]
+        rounding = _ROUNDING * fitted.square().sum((2, 3), keepdim=True) + 1e-30
+        covariance = torch.where(spread > rounding, covariance, 0.0)
         basis = leading_subspace(covariance, min(self.config.rank, states.shape[-1]))
         energy = ((covariance @ basis) * basis).sum(2, keepdim=True).clamp_min(0)
-        ridge = _RIDGE * torch.diagonal(covariance, dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(0) + 1e-30
+        ridge = torch.maximum(_RIDGE * spread, rounding)
         code = rows @ basis - root * (mean @ basis)
         return (code.square() / (energy + ridge)).sum(-1)
 

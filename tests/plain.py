@@ -1,0 +1,581 @@
+"""The cache of one row in plain loops: slow, one KV head at a time, written from the description and not from the package.
+
+`plain_stream` runs a transformers model with its own modules and, in its layers of full attention, a cache and an attention
+made of the loops below. What the package computes batched must equal it. Everything here is in double precision, so what
+differs is the package's rounding. Base ADMS with the `low_rank` compressor only: the modules are off.
+
+Where two candidates are so close that rounding decides between them, nothing says which one is right. Every choice records
+how close it was (`margins`), and a stream says up to which token no choice was closer than `TIE` (`PlainCache.steady`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.masking_utils import eager_mask
+
+from streaming_llm import ADMSConfig
+
+# Relative difference below which float32 may order two numbers otherwise than float64.
+TIE = 1e-5
+# What the description gives numbers for: `layer._PREFILL_STEP`, `merge._FAINT`, `low_rank._RIDGE` and `_ITERATIONS`.
+PREFILL_STEP, FAINT, RIDGE, ITERATIONS = 4, 0.1, 0.01, 2
+# `low_rank._ROUNDING`: the least the ridge is, as a part of the keys' mean square; felt only where keys do not differ.
+ROUNDING = 2.0**-23
+NAME = "plain_reference"
+
+# -- the merge -----------------------------------------------------------------------------------------------------------
+
+
+def dot(left: list[float], right: list[float]) -> float:
+    return sum(a * b for a, b in zip(left, right, strict=True))
+
+
+def attention_masses(queries, keys, betas, scale) -> list[float]:
+    """Mean attention probability of each key over all queries; every query sees every key."""
+    masses = [0.0] * len(keys)
+    for query in queries:
+        logits = [dot(query, key) * scale + beta for key, beta in zip(keys, betas, strict=True)]
+        top = max(logits)
+        weights = [math.exp(logit - top) for logit in logits]
+        total = sum(weights)
+        for slot, weight in enumerate(weights):
+            masses[slot] += weight / total / len(queries)
+    return masses
+
+
+def value_weight(queries, values, scale) -> float:
+    """What differences of values are multiplied by beside differences of keys (see `compressors.merge.value_scale`)."""
+    dim = len(queries[0])
+    query_energy = sum(dot(query, query) for query in queries) / len(queries) / dim * scale**2
+    value_energy = sum(dot(value, value) for value in values) / len(values)
+    return 1.0 / math.sqrt(query_energy * value_energy)
+
+
+def accepting(masses, keep: set[int], pinned: set[int], protect: bool, margins: list[float]) -> set[int]:
+    """Which of the kept tokens take others in: those that draw attention; with `protect` no pinned one, where another is."""
+    faint = FAINT * sum(masses[slot] for slot in keep) / len(keep)
+    margins += [abs(masses[slot] - faint) / faint for slot in keep]
+    accepts = {slot for slot in keep if masses[slot] >= faint}
+    if protect:
+        accepts = (accepts - pinned) or (keep - pinned) or accepts
+    return accepts
+
+
+def merge(
+    keys, values, betas, masses, counts, keep: set[int], weight: float, accepts: set[int] | None = None, margins=None
+) -> list[dict]:
+    """Every token not in `keep` joins the nearest kept one; the kept tokens with what they then stand for, in order.
+
+    Args:
+        accepts: those of `keep` that take others in, None for all.
+        margins: how close each choice was is appended.
+    """
+    members = {slot: [slot] for slot in sorted(keep)}
+    rows = [[*key, *(weight * x for x in value)] for key, value in zip(keys, values, strict=True)]
+    for slot in range(len(keys)):
+        if slot in keep:
+            continue
+        distances = []
+        for kept in sorted(keep if accepts is None else accepts):
+            distances.append((sum((a - b) ** 2 for a, b in zip(rows[slot], rows[kept], strict=True)), kept))
+        distances.sort()
+        members[distances[0][1]].append(slot)
+        if margins is not None and len(distances) > 1:
+            size = dot(rows[slot], rows[slot]) + max(dot(rows[kept], rows[kept]) for _, kept in distances[:2])
+            margins.append((distances[1][0] - distances[0][0]) / size)
+    result = []
+    for kept, joined in members.items():
+        total = sum(masses[slot] for slot in joined)
+        value = [sum(masses[slot] * values[slot][d] for slot in joined) / total for d in range(len(values[kept]))]
+        result.append(
+            {
+                "slot": kept,
+                "key": keys[kept],
+                "value": value if len(joined) > 1 else values[kept],
+                "beta": betas[kept] + math.log(total / masses[kept]) if len(joined) > 1 else betas[kept],
+                "count": sum(counts[slot] for slot in joined),
+                "mass": total,
+            }
+        )
+    return result
+
+
+# -- what is kept --------------------------------------------------------------------------------------------------------
+
+
+def best(values: list[float], number: int, margins: list[float]) -> set[int]:
+    """The indices of the `number` highest values."""
+    ranked = sorted(range(len(values)), key=lambda index: -values[index])
+    if 0 < number < len(values):
+        last, next_one = values[ranked[number - 1]], values[ranked[number]]
+        margins.append((last - next_one) / max(abs(last), 1e-30))
+    return set(ranked[:number])
+
+
+def orthonormal(columns: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Gram-Schmidt, each column twice."""
+    basis: list[torch.Tensor] = []
+    for column in columns:
+        for _ in range(2):
+            for unit in basis:
+                column = column - (column @ unit) * unit
+            column = column / column.norm()
+        basis.append(column)
+    return basis
+
+
+def leverage(keys: list[torch.Tensor], weights: list[float], config: ADMSConfig, margins: list[float]) -> list[float]:
+    """Ridge leverage of each key in the rank-r subspace of the weighted, centred keys."""
+    whole = sum(weights)
+    shares = [weight / whole for weight in weights]
+    fitted = [index for index, weight in enumerate(weights) if weight > 0]
+    if len(keys) > config.svd_max_tokens:
+        chosen = best([weights[index] for index in fitted], config.svd_max_tokens, margins)
+        fitted = [fitted[index] for index in chosen]
+    total = sum(shares[index] for index in fitted)
+    dim = len(keys[0])
+    mean = sum((shares[index] / total * keys[index] for index in fitted), torch.zeros(dim, dtype=torch.float64))
+    covariance = torch.zeros(dim, dim, dtype=torch.float64)
+    for index in fitted:
+        away = keys[index] - mean
+        covariance += shares[index] / total * torch.outer(away, away)
+    trace = covariance.diagonal().sum().clamp_min(1e-30)
+    ridge = max(RIDGE * trace, ROUNDING * sum(shares[index] / total * keys[index].square().sum() for index in fitted))
+    start = torch.randn(dim, min(config.rank, dim), generator=torch.Generator().manual_seed(0)).double()
+    basis = list(start.T)
+    for _ in range(ITERATIONS):
+        basis = orthonormal([covariance / trace @ unit + 1e-7 * first for unit, first in zip(basis, start.T, strict=True)])
+    energies = [unit @ covariance @ unit for unit in basis]
+    if len(fitted) < sum(weight > 0 for weight in weights):
+        # A direction in which the fitted keys hardly differ is rounding's, and the other keys may well differ in it.
+        margins.append(float(min(energies) / trace) / 100)
+    result = []
+    for key, share in zip(keys, shares, strict=True):
+        codes = [(key - mean) @ unit for unit in basis]
+        result.append(sum(float(share * c**2 / (e + ridge)) for c, e in zip(codes, energies, strict=True)))
+    return result
+
+
+def importance(tokens: list[dict], config: ADMSConfig) -> list[float]:
+    scores = [token["score"] for token in tokens]
+    lengths = [float(token["value"].norm()) for token in tokens]
+    if config.importance_metric == "value_norm":
+        return lengths
+    if config.importance_metric == "key_norm":
+        return [1 / float(token["key"].norm()) for token in tokens]
+    if config.importance_metric == "mixed":
+        return [score * length for score, length in zip(scores, lengths, strict=True)]
+    blend = config.attention_blend
+    if blend == 1:
+        return scores
+    return [blend * s / sum(scores) + (1 - blend) * v / sum(lengths) for s, v in zip(scores, lengths, strict=True)]
+
+
+# -- one head ------------------------------------------------------------------------------------------------------------
+
+
+def probabilities(query: torch.Tensor, tokens: list[dict], scale: float, softcap: float | None, bias=None) -> torch.Tensor:
+    """`softmax(softcap(q.k * scale) + beta)` over the tokens; `bias`: what is added beside the log-mass."""
+    logits = torch.stack([token["key"] for token in tokens]) @ query * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits + torch.tensor([token["beta"] for token in tokens], dtype=torch.float64)
+    if bias is not None:
+        logits = logits + bias
+    weights = (logits - logits.max()).exp()
+    return weights / weights.sum()
+
+
+class PlainHead:
+    """One KV head of one row: the tokens it holds, in order, and the queries that were not folded into scores yet."""
+
+    def __init__(self, config: ADMSConfig):
+        self.config = config
+        self.tokens: list[dict] = []
+        self.queries: list[torch.Tensor] = []
+        self.folded = 0
+        self.scale, self.softcap = 1.0, None
+        self.compactions = 0
+        self.margins: list[float] = []
+
+    @property
+    def compactable(self) -> bool:
+        """Whether there is more between sinks and recent window than the budget."""
+        config = self.config
+        return len(self.tokens) - config.dynamic_start_size - config.recent_size > config.compressed_budget
+
+    def make_room(self, new: int) -> None:
+        """Compact where `new` more tokens would not fit."""
+        if len(self.tokens) + new > self.config.expected_max_tokens and self.compactable:
+            self.fold_waiting(len(self.tokens))
+            self.compact()
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, positions: list[int]) -> None:
+        self.make_room(len(keys))
+        for key, value, pos in zip(keys.double(), values.double(), positions, strict=True):
+            fresh = {"beta": 0.0, "score": 0.0, "mass": 0.0, "square": 0.0, "count": 1, "tier": "recent"}
+            self.tokens.append({"key": key, "value": value, "pos": pos, **fresh})
+
+    def attend(self, queries: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The output of each of the newest queries `[groups, head_dim]`, the last of which belongs to the last token."""
+        outputs = []
+        for number, groups in enumerate(queries):
+            seen = self.tokens[: len(self.tokens) - len(queries) + number + 1]
+            values = torch.stack([token["value"] for token in seen])
+            outputs.append(torch.stack([probabilities(q, seen, self.scale, self.softcap) @ values for q in groups]))
+        return outputs
+
+    def observe(self, queries: list[torch.Tensor]) -> None:
+        """After attention: the queries are stored or folded, and what was too long is compacted."""
+        scored = self.config.compressed_budget > 0
+        if len(self.tokens) > self.config.expected_max_tokens:
+            if scored:
+                self.fold_long_pass(queries)
+            self.compact()
+        elif scored:
+            self.store(queries)
+
+    def store(self, queries: list[torch.Tensor]) -> None:
+        new, slots = len(queries), self.config.compression_interval
+        if len(self.queries) + new > slots:
+            self.fold_waiting(len(self.tokens) - new)
+            self.queries, self.folded = [], 0
+            if new >= slots:
+                self.fold(queries, len(self.tokens), new)
+                self.queries, self.folded = queries[new - slots :], slots
+                return
+        self.queries = self.queries + queries
+
+    def fold_waiting(self, length: int) -> None:
+        waiting = self.queries[self.folded :]
+        self.fold(waiting, length, len(waiting))
+        self.folded = len(self.queries)
+
+    def fold_long_pass(self, queries: list[torch.Tensor]) -> None:
+        """Blocks of `attention_window` queries counted from the newest; of those before the last block every fourth."""
+        new, slots = len(queries), self.config.compression_interval
+        before = len(self.tokens) - new
+        self.fold_waiting(before)
+        ends = list(range(new, 0, -self.config.attention_window))
+        for stop in reversed(ends):
+            start = max(0, stop - self.config.attention_window)
+            step = 1 if stop == new else PREFILL_STEP
+            asked = [queries[number] for number in range(start, stop) if (stop - 1 - number) % step == 0]
+            self.fold(asked, before + stop, stop - start, step)
+        self.queries = queries[max(0, new - slots) :]
+        self.folded = len(self.queries)
+
+    def fold(self, queries: list[torch.Tensor], length: int, count: int, step: int = 1) -> None:
+        """Into the averages and scores of the first `length` tokens goes what the queries, `step` tokens apart, attend to.
+
+        The newest query belongs to the last of them; each sees the tokens up to its own. They stand for `count` queries.
+        """
+        if not queries or not length:
+            return
+        tokens = self.tokens[:length]
+        mass = torch.zeros(length, dtype=torch.float64)
+        square = torch.zeros(length, dtype=torch.float64)
+        for age, groups in enumerate(reversed(queries)):
+            seen = length - age * step
+            for query in groups:
+                p = probabilities(query, tokens[:seen], self.scale, self.softcap)
+                mass[:seen] += p / (len(queries) * len(groups))
+                square[:seen] += p**2 / (len(queries) * len(groups))
+        share = min(1.0, count / self.config.attention_window)
+        for token, m, s in zip(tokens, mass.tolist(), square.tolist(), strict=True):
+            token["mass"] = (1 - share) * token["mass"] + share * m
+            token["square"] = (1 - share) * token["square"] + share * s
+            token["score"] = max(self.config.score_decay ** (count / 64) * token["score"], math.sqrt(token["square"]))
+
+    def compact(self) -> None:
+        """Sinks and recent window stay; the middle is reduced to the budget."""
+        config = self.config
+        assert self.compactable
+        first, last = config.dynamic_start_size, len(self.tokens) - config.recent_size
+        sinks, middle, recent = self.tokens[:first], self.tokens[first:last], self.tokens[last:]
+        kept = self.compressed(middle) if config.compressed_budget else []
+        for token in sinks:
+            token["tier"] = "sink"
+        for token in recent:
+            token["tier"] = "recent"
+        self.tokens = sinks + kept + recent
+        self.queries, self.folded = [], 0
+        self.compactions += 1
+
+    def compressed(self, middle: list[dict]) -> list[dict]:
+        config, budget = self.config, self.config.compressed_budget
+        worth = importance(middle, config)
+        exact = max(config.min_importance_tokens, round(config.importance_ratio * budget))
+        if len(middle) < config.min_middle_size_for_compress or exact > budget:
+            exact = budget
+        pinned = best(worth, exact, self.margins)
+        others = [slot for slot in range(len(middle)) if slot not in pinned]
+        keep = set(pinned)
+        if exact < budget:
+            weights = [0.0 if slot in pinned else worth[slot] for slot in range(len(middle))]
+            levers = leverage([token["key"] for token in middle], weights, config, self.margins)
+            chosen = best([levers[slot] for slot in others], budget - exact, self.margins)
+            keep |= {others[index] for index in chosen}
+        masses = [token["mass"] for token in middle]
+        accepts = accepting(masses, keep, pinned, config.protect_exact, self.margins)
+        queries = [query.tolist() for groups in self.queries[-config.recent_size :] for query in groups]
+        values = [token["value"].tolist() for token in middle]
+        merged = merge(
+            [token["key"].tolist() for token in middle],
+            values,
+            [token["beta"] for token in middle],
+            masses,
+            [token["count"] for token in middle],
+            keep,
+            value_weight(queries, values, self.scale),
+            accepts,
+            self.margins,
+        )
+        result = []
+        for made in merged:
+            token = dict(middle[made["slot"]])
+            if made["count"] != token["count"]:
+                token["value"] = torch.tensor(made["value"], dtype=torch.float64)
+                token["beta"], token["count"], token["mass"] = made["beta"], made["count"], made["mass"]
+            token["tier"] = "exact" if made["slot"] in pinned and token["count"] == 1 else "precision"
+            result.append(token)
+        return result
+
+    def rebase(self, d: int, inv_freq: torch.Tensor) -> None:
+        """Every token moves `d` positions back, but not before its slot; the stored queries move with the newest."""
+        for slot, token in enumerate(self.tokens):
+            new = max(token["pos"] - d, slot)
+            token["key"] = turned(token["key"], new - token["pos"], inv_freq)
+            token["pos"] = new
+        self.queries = [torch.stack([turned(q, -d, inv_freq) for q in groups]) for groups in self.queries]
+
+
+def turned(state: torch.Tensor, delta: int, inv_freq: torch.Tensor) -> torch.Tensor:
+    """A rotated key or query `[head_dim]` taken `delta` positions on; dimension i is paired with i + rotary_dim / 2."""
+    half = len(inv_freq)
+    result = state.clone()
+    for pair in range(half):
+        angle = delta * float(inv_freq[pair])
+        one, other = float(state[pair]), float(state[pair + half])
+        result[pair] = one * math.cos(angle) - other * math.sin(angle)
+        result[pair + half] = other * math.cos(angle) + one * math.sin(angle)
+    return result
+
+
+# -- one row on a model --------------------------------------------------------------------------------------------------
+
+
+class PlainLayer(CacheLayerMixin):
+    """The heads of one layer of full attention, and what transformers asks of them."""
+
+    is_sliding = False
+
+    def __init__(self, config: ADMSConfig):
+        super().__init__()
+        self.config = config
+        self.heads: list[PlainHead] = []
+        self.seen = 0
+        self.positions: list[int] = []
+
+    def lazy_initialization(self, key_states, value_states) -> None:
+        self.heads = [PlainHead(self.config) for _ in range(key_states.shape[1])]
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        for head, keys, values in zip(self.heads, key_states[0], value_states[0], strict=True):
+            head.append(keys, values, self.positions)
+        self.seen += key_states.shape[2]
+        return key_states, value_states
+
+    def attend(self, query: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
+        """`[heads, tokens, head_dim]` in, `[heads, tokens, value_dim]` out; then the heads take note of the queries."""
+        groups = query.shape[0] // len(self.heads)
+        outputs = []
+        for number, head in enumerate(self.heads):
+            head.scale, head.softcap = scale, softcap
+            queries = list(query[number * groups : (number + 1) * groups].double().transpose(0, 1))
+            outputs.append(torch.stack(head.attend(queries), dim=1))
+            head.observe(queries)
+        return torch.cat(outputs)
+
+    def get_mask_sizes(self, query_length) -> tuple[int, int]:
+        new = query_length.shape[0] if isinstance(query_length, torch.Tensor) else query_length
+        return self.seen + new, 0
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+
+class PlainCache(Cache):
+    """One row's cache: `PlainLayer` for full attention, transformers' own layer where there is a sliding window.
+
+    Args:
+        window: positions stay below it: before a pass whose last position would not, everything held moves back (`rebase`),
+            so that the next position is the number of slots in use, or `target` where that is more. None: they only grow.
+        at_compaction: move back at each compaction instead, to the number of slots in use after it. A compaction due in the
+            coming pass then comes before it; one after a long pass has its move before the next.
+
+    Attributes:
+        given: the position the row's next token would have if nothing had moved.
+        moved: sum of all moves; the model is given a position less this.
+        rebases: number of moves.
+        fed: tokens streamed.
+        steady: tokens up to which no choice was closer than `TIE`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: ADMSConfig,
+        window: int | None = None,
+        target: int | None = None,
+        at_compaction: bool = False,
+    ):
+        modules = ("sketch_budget", "replay_budget", "enable_position_calibration", "enable_adaptive_controller")
+        others = ("use_adaptive_budget", "coverage_priority")
+        beyond = [name for name in (*modules, *others) if getattr(config, name)]
+        if beyond or config.compressor_type != "low_rank":
+            raise ValueError(f"the plain reference is base ADMS with low_rank only, not {beyond or config.compressor_type}")
+        own = DynamicCache(config=model.config).layers
+        super().__init__(layers=[layer if layer.is_sliding else PlainLayer(config) for layer in own])
+        self.window, self.target, self.at_compaction = window, target or 0, at_compaction
+        tables = [module.inv_freq for module in model.modules() if hasattr(module, "inv_freq")]
+        self.inv_freq = tables[0].double() if tables else None
+        self.given = self.moved = self.rebases = self.fed = self.steady = 0
+        self._compactions = 0
+
+    @property
+    def heads(self) -> list[PlainHead]:
+        return [head for layer in self.layers if isinstance(layer, PlainLayer) for head in layer.heads]
+
+    @property
+    def compactions(self) -> int:
+        """Compactions of each head (all have the same)."""
+        return self.heads[0].compactions if self.heads else 0
+
+    @property
+    def closest(self) -> float:
+        """The smallest margin of any choice so far."""
+        return min((margin for head in self.heads for margin in head.margins), default=math.inf)
+
+    def state(self) -> list[list[list[dict]] | None]:
+        """`[layer][head][slot]`: the tokens held; None for a layer with a sliding window."""
+        plain = (layer if isinstance(layer, PlainLayer) else None for layer in self.layers)
+        return [None if layer is None else [head.tokens for head in layer.heads] for layer in plain]
+
+    def begin(self, positions: list[int]) -> list[int]:
+        """The positions the model is given for new tokens at `positions`, after a move where one is due."""
+        if self.at_compaction:
+            for head in self.heads:
+                head.make_room(len(positions))
+            due = self.compactions > self._compactions
+            self._compactions = self.compactions
+        else:
+            due = self.window is not None and positions[-1] - self.moved >= self.window
+        if due and self.heads:
+            self.rebase()
+        self.given = positions[-1] + 1
+        inside = [position - self.moved for position in positions]
+        for layer in self.layers:
+            layer.positions = inside
+        return inside
+
+    def rebase(self) -> None:
+        d = self.given - self.moved - max(len(self.heads[0].tokens), self.target)
+        if d <= 0:
+            return
+        for head in self.heads:
+            head.rebase(d, self.inv_freq)
+        for layer in self.layers:
+            if not isinstance(layer, PlainLayer):
+                for head in layer.keys[0]:
+                    for key in head:
+                        key.copy_(turned(key, -d, self.inv_freq))
+        self.moved += d
+        self.rebases += 1
+
+    def attention(self, module, query, key, value, attention_mask, **kwargs):
+        """What the model's attention calls: `[1, heads, tokens, head_dim]` in, `[1, tokens, heads, value_dim]` out."""
+        layer = self.layers[module.layer_idx]
+        scale = kwargs.get("scaling")
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if isinstance(layer, PlainLayer):
+            output = layer.attend(query[0], scale, kwargs.get("softcap"))
+        else:
+            output = _masked(query[0], key[0], value[0], attention_mask[0, 0], scale, kwargs.get("softcap"))
+        return output.to(query.dtype).transpose(0, 1)[None], None
+
+
+def _masked(query, keys, values, mask, scale, softcap) -> torch.Tensor:
+    """Attention of a sliding layer: what is seen is the mask's business."""
+    groups = query.shape[0] // keys.shape[0]
+    outputs = []
+    for number, head in enumerate(query.double()):
+        tokens = [{"key": key, "beta": 0.0} for key in keys[number // groups].double()]
+        rows = [probabilities(q, tokens, scale, softcap, bias) for q, bias in zip(head, mask.double(), strict=True)]
+        outputs.append(torch.stack(rows) @ values[number // groups].double())
+    return torch.stack(outputs)
+
+
+def chunk_sizes(tokens: int, chunks: int | list[int]) -> list[int]:
+    """`chunks` as a list that sums to `tokens`: a number is that many a pass, a list's last entry goes on as needed."""
+    sizes = [chunks] if isinstance(chunks, int) else list(chunks)
+    result: list[int] = []
+    while sum(result) < tokens:
+        size = sizes[min(len(result), len(sizes) - 1)]
+        result.append(min(size, tokens - sum(result)))
+    return result
+
+
+@torch.no_grad()
+def plain_stream(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    config: ADMSConfig,
+    chunks: int | list[int],
+    position_ids: torch.Tensor | None = None,
+    cache: PlainCache | None = None,
+    **window,
+) -> tuple[torch.Tensor, PlainCache]:
+    """Stream one row through the model with the plain cache; its attention implementation is restored afterwards.
+
+    Args:
+        ids: `[1, tokens]`.
+        chunks: tokens of each pass, see `chunk_sizes`.
+        position_ids: `[1, tokens]`; None counts on from the last.
+        cache: one to go on with; None for a new `PlainCache(model, config, **window)`.
+
+    Returns:
+        `(logits, cache)`: `[1, tokens, vocab]`, and the cache with its state.
+    """
+    cache = PlainCache(model, config, **window) if cache is None else cache
+    if position_ids is None:
+        position_ids = torch.arange(cache.given, cache.given + ids.shape[1])[None]
+    before = model.config._attn_implementation
+    AttentionInterface.register(NAME, cache.attention)
+    AttentionMaskInterface.register(NAME, eager_mask)
+    model.set_attn_implementation(NAME)
+    parts, done = [], 0
+    try:
+        for size in chunk_sizes(ids.shape[1], chunks):
+            inside = torch.tensor([cache.begin(position_ids[0, done : done + size].tolist())])
+            part = ids[:, done : done + size]
+            parts.append(model(input_ids=part, position_ids=inside, past_key_values=cache, use_cache=True).logits)
+            done += size
+            cache.fed += size
+            if cache.closest >= TIE:
+                cache.steady = cache.fed
+    finally:
+        model.set_attn_implementation(before)
+    return torch.cat(parts, dim=1), cache
