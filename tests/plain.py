@@ -423,8 +423,8 @@ class PlainCache(Cache):
     Args:
         window: positions stay below it: before a pass whose last position would not, everything held moves back (`rebase`),
             so that the next position is the number of slots in use, or `target` where that is more. None: they only grow.
-        at_compaction: move back at each compaction instead, to the number of slots in use after it. A compaction due in the
-            coming pass then comes before it; one after a long pass has its move before the next.
+            A compaction due in the coming pass comes before the move; one after a long pass has its move before the next.
+        at_compaction: move back at each compaction instead, to the number of slots in use after it.
 
     Attributes:
         given: the position the row's next token would have if nothing had moved.
@@ -476,23 +476,24 @@ class PlainCache(Cache):
 
     def begin(self, positions: list[int]) -> list[int]:
         """The positions the model is given for new tokens at `positions`, after a move where one is due."""
+        for head in self.heads:
+            head.make_room(len(positions))
         if self.at_compaction:
-            for head in self.heads:
-                head.make_room(len(positions))
             due = self.compactions > self._compactions
             self._compactions = self.compactions
         else:
             due = self.window is not None and positions[-1] - self.moved >= self.window
         if due and self.heads:
-            self.rebase()
+            self.rebase(positions[-1] - positions[0] + 1)
         self.given = positions[-1] + 1
         inside = [position - self.moved for position in positions]
         for layer in self.layers:
             layer.positions = inside
         return inside
 
-    def rebase(self) -> None:
-        d = self.given - self.moved - max(len(self.heads[0].tokens), self.target)
+    def rebase(self, span: int) -> None:
+        goal = max(len(self.heads[0].tokens), self.target)
+        d = self.given - self.moved - (goal if self.window is None else min(goal, self.window - span))
         if d <= 0:
             return
         for head in self.heads:

@@ -8,16 +8,15 @@ import torch
 from conftest import make_tiny_llama
 from test_plain import SMALL, assert_same_state, distinct
 
-from streaming_llm import ADMSConfig, enable_adms_llm
-
-# Set to "" once a row of a padded batch is compacted as if it were alone.
-PADDED = "rows of a padded batch are not yet compacted each by its own length"
-padded = pytest.mark.skipif(bool(PADDED), reason=PADDED)
-WINDOWED = "ADMSConfig has no position_policy yet"
-windowed = pytest.mark.skipif("position_policy" not in ADMSConfig.setting_names(), reason=WINDOWED)
+from streaming_llm import enable_adms_llm, positions
 
 MODEL = make_tiny_llama()
 NEW = 90
+WINDOWS = {
+    "absolute": {},
+    "auto": {"window": 80, "target": int(80 * positions.TARGET)},
+    "cache": {"at_compaction": True},
+}
 SHORT = {
     "one of 3 beside one of 140": [3, 140],
     "3, 20, 75 and 140": [3, 20, 75, 140],
@@ -69,31 +68,26 @@ def rows_are_alone(lengths: list[int], passes: list[list[int]], **chosen) -> Non
             assert_same_state(cache, reference, number)
 
 
-@padded
 @pytest.mark.parametrize("lengths", SHORT.values(), ids=SHORT)
 def test_a_row_of_a_left_padded_batch_is_the_row_alone(lengths):
     rows_are_alone(lengths, [lengths] + [[1] * len(lengths)] * NEW)
 
 
-@padded
 def test_a_padded_second_turn_leaves_each_row_what_it_is_alone():
     ones = [[1] * 4]
     rows_are_alone([3, 20, 75, 90], [[3, 20, 75, 90], *ones * 12, [25, 2, 40, 9], *ones * 40])
 
 
-@padded
 def test_a_row_that_has_nothing_new_in_a_pass_is_not_touched():
     rows_are_alone([8, 30], [[8, 30], *[[1, 1]] * 9, [0, 20], *[[1, 1]] * 40])
 
 
-@padded
 @pytest.mark.parametrize("chosen", [{"compressed_budget": 0, "min_importance_tokens": 0}, {"protect_exact": True},
                                     {"importance_ratio": 1.0}, {"compression_interval": 1}])  # fmt: skip
 def test_rows_are_alone_with_other_settings_too(chosen):
     rows_are_alone([3, 20, 75], [[3, 20, 75]] + [[1] * 3] * 60, **chosen)
 
 
-@windowed
 @pytest.mark.parametrize("policy", ["absolute", "auto", "cache"])
 @pytest.mark.parametrize("chunks", [1, 5, [40, 1], [70, 3]])
 def test_the_position_window_is_the_references(policy, chunks):
@@ -102,7 +96,7 @@ def test_the_position_window_is_the_references(policy, chunks):
     model.config.max_position_embeddings = 80
     ids = long_row(2, 180)
     cache = enable_adms_llm(model, **SMALL, position_policy=policy)
-    window = {"absolute": {}, "auto": {"window": 80}, "cache": {"at_compaction": True}}[policy]
+    window = WINDOWS[policy]
     expected, reference = plain.plain_stream(model, ids, cache.config, chunks, **window)
     assert (reference.rebases > 0) == (policy != "absolute")
     with torch.no_grad():
@@ -115,8 +109,6 @@ def test_the_position_window_is_the_references(policy, chunks):
         assert_same_state(cache, reference)
 
 
-@windowed
-@padded
 @pytest.mark.parametrize("policy", ["auto", "cache"])
 def test_each_row_has_a_position_window_of_its_own(policy):
     model = make_tiny_llama()
@@ -125,7 +117,7 @@ def test_each_row_has_a_position_window_of_its_own(policy):
     rows = [long_row(seed, length + NEW) for seed, length in enumerate(lengths)]
     cache = enable_adms_llm(model, **SMALL, position_policy=policy)
     together = padded_stream(model, rows, [lengths] + [[1] * 3] * NEW, cache)
-    window = {"auto": {"window": 80}, "cache": {"at_compaction": True}}[policy]
+    window = WINDOWS[policy]
     for number, row in enumerate(rows):
         alone, reference = plain.plain_stream(model, row, cache.config, [lengths[number], 1], **window)
         steady = reference.steady
