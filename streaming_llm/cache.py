@@ -19,6 +19,7 @@ from .group import can_plan, group_layers, plan_budgets
 from .layer import ADMSLayer, Arrival, NonFiniteError
 from .replay import ReplayMixin
 from .rope import Rope
+from .session import SessionMixin
 from .stats import StatsMixin
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,9 @@ def _layer(config: ADMSConfig, wired: bool) -> ADMSLayer:
     return ADMSLayer(config, wired)
 
 
-class ADMSKVCache(DualFidelityMixin, ReplayMixin, CalibrationMixin, ControllerMixin, ByHandMixin, StatsMixin, Cache):
+class ADMSKVCache(
+    DualFidelityMixin, ReplayMixin, CalibrationMixin, ControllerMixin, ByHandMixin, StatsMixin, SessionMixin, Cache
+):
     """A `transformers.Cache` that keeps a bounded, weighted set of tokens per (layer, KV head).
 
     Made by `enable_adms_llm(model, ...)`, which also lets the model's attention see the tokens' log-mass; made by hand it
@@ -82,6 +85,7 @@ class ADMSKVCache(DualFidelityMixin, ReplayMixin, CalibrationMixin, ControllerMi
         self.layers_at_once = layers_at_once
         group_layers(self._full_layers(), layers_at_once)
         self.broken: str | None = None
+        self.model_facts: dict[str, Any] | None = None
         self._next_plan = PLANNED_FIRST
         self._arrival: Arrival | None = None
         self._length_override: int | None = None

@@ -14,6 +14,7 @@ from .attention import BASES, PREFIX, register
 from .cache import ADMSKVCache
 from .config import ADMSConfig
 from .group import CPU_LAYERS
+from .model_facts import describe_model
 from .rope import Rope, rope_layers
 
 # Model types whose attention was tested with the cache (tests/test_families.py holds the list to its word).
@@ -55,13 +56,9 @@ def enable_adms_llm(model: PreTrainedModel, config: ADMSConfig | None = None, **
         raise ValueError(f"config and the settings {', '.join(settings)} were both given: pass one or the other")
     if config is None:
         config = ADMSConfig.from_dict(settings)
-    base = _check_model(model)
-    ropes = _ropes(model, config, explicit=bool(settings.get("enable_position_calibration")))
-    if ropes is None and config.enable_position_calibration:
-        config = dataclasses.replace(config, enable_position_calibration=False)
-    at_once = _layers_at_once(model)
-    cache = ADMSKVCache(config, model_config=model.config, wired=True, layers_at_once=at_once, ropes=ropes)
-    _wire(model, base)
+    base = check_model(model)
+    cache = make_cache(model, config, explicit=bool(settings.get("enable_position_calibration")))
+    wire(model, base)
     return cache
 
 
@@ -102,7 +99,7 @@ def is_enabled(model: PreTrainedModel) -> bool:
     return _STATE in model.__dict__
 
 
-def _check_model(model: PreTrainedModel) -> str:
+def check_model(model: PreTrainedModel) -> str:
     """The base attention implementation of a model that can be wired; `ValueError` for one that can't."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model={type(model).__name__} must be a transformers PreTrainedModel")
@@ -119,6 +116,21 @@ def _check_model(model: PreTrainedModel) -> str:
             f"attn_implementation='sdpa' or call model.set_attn_implementation('sdpa') (supported: {', '.join(BASES)})"
         )
     return base
+
+
+def make_cache(model: PreTrainedModel, config: ADMSConfig, explicit: bool = False) -> ADMSKVCache:
+    """A new cache for a model that can be wired and is not yet.
+
+    Args:
+        explicit: whether the calibration was asked for by name; it is then an error, not a warning, where it can't be.
+    """
+    ropes = _ropes(model, config, explicit)
+    if ropes is None and config.enable_position_calibration:
+        config = dataclasses.replace(config, enable_position_calibration=False)
+    at_once = _layers_at_once(model)
+    cache = ADMSKVCache(config, model_config=model.config, wired=True, layers_at_once=at_once, ropes=ropes)
+    cache.model_facts = describe_model(model)
+    return cache
 
 
 def _ropes(model: PreTrainedModel, config: ADMSConfig, explicit: bool) -> tuple[Rope, ...] | None:
@@ -145,7 +157,8 @@ def _layers_at_once(model: PreTrainedModel) -> int:
     return CPU_LAYERS if model.device.type == "cpu" else model.config.get_text_config().num_hidden_layers
 
 
-def _wire(model: PreTrainedModel, base: str) -> None:
+def wire(model: PreTrainedModel, base: str) -> None:
+    """Wrap the model's attention, whose base implementation is `base`, and register the hooks; once is enough."""
     if is_enabled(model):
         if model.config._attn_implementation == PREFIX + base and model.__dict__[_STATE]["base"] == base:
             return
