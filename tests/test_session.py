@@ -20,6 +20,7 @@ from test_families import make
 
 from streaming_llm import ADMSConfig, ADMSKVCache, ADMSLayer, disable_adms_llm, enable_adms_llm
 from streaming_llm.enable import is_enabled
+from streaming_llm.group import STORED
 from streaming_llm.model_facts import describe_model, layer_devices
 from streaming_llm.session import SessionMixin
 
@@ -113,7 +114,10 @@ def state_of(cache) -> list:
             for name, dim in (("query_buffer", 3), ("query_real", 1)):
                 if own[name] is not None:
                     own[name] = [own[name].shape, own[name].narrow(dim, 0, layer.query_count)]
-            kept = [own, None if layer.group is None else [other.seen for other in layer.group.layers]]
+            kept = [own]
+            if layer.group is not None and layer.group.whole is not None:
+                whole = layer.group.whole
+                kept += [len(layer.group.layers), {name: getattr(whole, name) for name in whole.KEPT if name not in STORED}]
         state += values_of(kept)
     return state
 
