@@ -21,6 +21,7 @@ from .positions import PositionWindow
 from .replay import ReplayMixin
 from .rope import Rope
 from .rows import PaddedLayer
+from .session import SessionMixin
 from .stats import StatsMixin
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,9 @@ def _layer(config: ADMSConfig, wired: bool) -> ADMSLayer:
     return ADMSLayer(config, wired)
 
 
-class ADMSKVCache(DualFidelityMixin, ReplayMixin, CalibrationMixin, ControllerMixin, ByHandMixin, StatsMixin, Cache):
+class ADMSKVCache(
+    DualFidelityMixin, ReplayMixin, CalibrationMixin, ControllerMixin, ByHandMixin, StatsMixin, SessionMixin, Cache
+):
     """A `transformers.Cache` that keeps a bounded, weighted set of tokens per (layer, KV head).
 
     Made by `enable_adms_llm(model, ...)`, which also lets the model's attention see the tokens' log-mass; made by hand it
@@ -87,6 +90,8 @@ class ADMSKVCache(DualFidelityMixin, ReplayMixin, CalibrationMixin, ControllerMi
         group_layers(self._full_layers(), layers_at_once)
         self.broken: str | None = None
         self.window = PositionWindow() if window is None else window
+        self.model_facts: dict[str, Any] | None = None
+        self.ropes: tuple[tuple[Rope, ...] | None, str | None] = (None, None)
         self._arrival: Arrival | None = None
         self._followed: list[int] | None = None
         self._length_override: int | None = None

@@ -14,6 +14,7 @@ from .attention import BASES, PREFIX, register
 from .cache import ADMSKVCache
 from .config import ADMSConfig
 from .group import CPU_LAYERS
+from .model_facts import describe_model
 from .positions import PositionWindow
 from .rope import Rope, restore_frequencies, rope_layers
 
@@ -58,25 +59,9 @@ def enable_adms_llm(model: PreTrainedModel, config: ADMSConfig | None = None, **
         raise ValueError(f"config and the settings {', '.join(settings)} were both given: pass one or the other")
     if config is None:
         config = ADMSConfig.from_dict(settings)
-    base = _check_model(model)
-    ropes, reason = _ropes(model)
-    if reason is not None and config.enable_position_calibration:
-        if settings.get("enable_position_calibration"):
-            raise ValueError(f"enable_position_calibration=True can't be: {reason}; set it to False")
-        logger.warning("position calibration is off: %s", reason)
-        config = dataclasses.replace(config, enable_position_calibration=False)
-    if reason is not None and config.positions == "cache":
-        raise ValueError(f"position_policy='cache' can't be: {reason}")
-    cache = ADMSKVCache(
-        config,
-        model_config=model.config,
-        wired=True,
-        layers_at_once=_layers_at_once(model),
-        ropes=ropes,
-        window=_window(model, config, ropes, reason),
-    )
-    _wire(model, base)
-    model.__dict__[_STATE]["ropes"] = ropes, reason
+    base = check_model(model)
+    cache = make_cache(model, config, explicit=bool(settings.get("enable_position_calibration")))
+    wire(model, base, cache)
     return cache
 
 
@@ -117,7 +102,7 @@ def is_enabled(model: PreTrainedModel) -> bool:
     return _STATE in model.__dict__
 
 
-def _check_model(model: PreTrainedModel) -> str:
+def check_model(model: PreTrainedModel) -> str:
     """The base attention implementation of a model that can be wired; `ValueError` for one that can't."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model={type(model).__name__} must be a transformers PreTrainedModel")
@@ -134,6 +119,28 @@ def _check_model(model: PreTrainedModel) -> str:
             f"attn_implementation='sdpa' or call model.set_attn_implementation('sdpa') (supported: {', '.join(BASES)})"
         )
     return base
+
+
+def make_cache(model: PreTrainedModel, config: ADMSConfig, explicit: bool = False) -> ADMSKVCache:
+    """A new cache for a model that can be wired and is not yet.
+
+    Args:
+        explicit: whether the calibration was asked for by name; it is then an error, not a warning, where it can't be.
+    """
+    ropes, reason = _ropes(model)
+    if reason is not None and config.enable_position_calibration:
+        if explicit:
+            raise ValueError(f"enable_position_calibration=True can't be: {reason}; set it to False")
+        logger.warning("position calibration is off: %s", reason)
+        config = dataclasses.replace(config, enable_position_calibration=False)
+    if reason is not None and config.positions == "cache":
+        raise ValueError(f"position_policy='cache' can't be: {reason}")
+    window = _window(model, config, ropes, reason)
+    at_once = _layers_at_once(model)
+    cache = ADMSKVCache(config, model_config=model.config, wired=True, layers_at_once=at_once, ropes=ropes, window=window)
+    cache.model_facts = describe_model(model)
+    cache.ropes = ropes, reason
+    return cache
 
 
 def _ropes(model: PreTrainedModel) -> tuple[tuple[Rope, ...] | None, str | None]:
@@ -176,7 +183,11 @@ def _layers_at_once(model: PreTrainedModel) -> int:
     return CPU_LAYERS if model.device.type == "cpu" else model.config.get_text_config().num_hidden_layers
 
 
-def _wire(model: PreTrainedModel, base: str) -> None:
+def wire(model: PreTrainedModel, base: str, cache: ADMSKVCache) -> None:
+    """Wrap the model's attention, whose base implementation is `base`, and register the hooks; once is enough.
+
+    What was found out about its RoPE for `cache` is remembered for the next.
+    """
     if is_enabled(model):
         if model.config._attn_implementation == PREFIX + base and model.__dict__[_STATE]["base"] == base:
             return
@@ -188,7 +199,7 @@ def _wire(model: PreTrainedModel, base: str) -> None:
     before = decoder.register_forward_pre_hook(_before_forward, with_kwargs=True)
     after = decoder.register_forward_hook(_after_forward, with_kwargs=True, always_call=True)
     logits = model.register_forward_pre_hook(_before_logits, with_kwargs=True)
-    model.__dict__[_STATE] = {"base": base, "handles": (before, after, logits)}
+    model.__dict__[_STATE] = {"base": base, "handles": (before, after, logits), "ropes": cache.ropes}
 
 
 def _arguments(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:

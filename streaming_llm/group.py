@@ -16,6 +16,8 @@ from .state import HeadState
 from .tokens import WeightedTokens
 
 CPU_LAYERS = 8
+# What of a layer is part of its group's.
+STORED = ("buffer", "query_buffer", *STATES)
 _SHARED = (
     "length",
     "width",
@@ -148,8 +150,7 @@ class LayerGroup:
         first = layers[0]
         group.whole = whole = ADMSLayer(first.config, first.wired)
         whole.dtype, whole.device, whole.rope = first.dtype, first.device, first.rope
-        names = ("buffer", "query_buffer", *STATES)
-        for name in names:
+        for name in STORED:
             parts = [getattr(layer, name) for layer in layers]
             if parts[0] is None:
                 continue

@@ -92,6 +92,35 @@ class ADMSLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
 
+    # What `_forget` sets that a saved conversation holds (see `session.py`), and what lasts a forward pass or is made anew.
+    KEPT = (
+        "buffer",
+        "length",
+        "seen",
+        "width",
+        "rounds",
+        "next_plan",
+        "compacted",
+        "is_initialized",
+        "queries_seen",
+        "query_buffer",
+        "query_count",
+        "query_folded",
+        "query_scale",
+        "query_softcap",
+        "record_past",
+        "variance_ema",
+        "budgets",
+        "planned",
+        *STATES,
+        "hand_sketches",
+        "replay_hand",
+        "compressions",
+        *COUNTS,
+        "_unanswered",
+    )
+    TRANSIENT = ("group", "overflow", "_waiting", "_bias", "_undo", "_saved", "_sealed", "_timing")
+
     def __init__(self, config: ADMSConfig, wired: bool = False):
         super().__init__()
         self.config = config

@@ -40,6 +40,9 @@ class PaddedLayer(ADMSLayer):
         batch: rows.
     """
 
+    KEPT = (*ADMSLayer.KEPT, "cohorts", "aligned", "tail", "real", "offsets", "query_offsets")
+    TRANSIENT = (*ADMSLayer.TRANSIENT, "_new_real", "_new_counts", "_starts", "_masked", "_undo_parts")
+
     def __init__(self, layer: ADMSLayer, batch: int):
         super().__init__(layer.config, layer.wired)
         layer.accept()
@@ -51,10 +54,6 @@ class PaddedLayer(ADMSLayer):
         self.buffer, self.query_buffer = layer.buffer, layer.query_buffer
         layer.buffer = layer.query_buffer = None
         self.cohorts = [Cohort(list(range(batch)), layer)]
-        self.aligned = False
-        self.real: torch.Tensor | None = None
-        self.offsets: torch.Tensor | None = None
-        self.query_offsets: torch.Tensor | None = None
         self._collect(layer)
         self.is_initialized = layer.is_initialized
         if self.is_initialized:
@@ -67,6 +66,10 @@ class PaddedLayer(ADMSLayer):
     def _forget(self) -> None:
         super()._forget()
         self.cohorts: list[Cohort] = []
+        self.aligned = False
+        self.real: torch.Tensor | None = None
+        self.offsets: torch.Tensor | None = None
+        self.query_offsets: torch.Tensor | None = None
         self.tail = 0
         self._new_real: torch.Tensor | None = None
         self._new_counts: list[int] = []

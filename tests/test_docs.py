@@ -184,7 +184,7 @@ def test_constants_in_the_documents_have_the_value_they_have_in_the_code():
 
 
 @pytest.fixture
-def run_snippets(tiny_model_folder, monkeypatch):
+def run_snippets(tiny_model_folder, monkeypatch, tmp_path):
     """Run a document's Python blocks in order, on a tiny model; gives the names they leave."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -193,6 +193,7 @@ def run_snippets(tiny_model_folder, monkeypatch):
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     monkeypatch.setattr("streaming_llm.evaluation.load_model", lambda: (model, tokenizer))
+    monkeypatch.chdir(tmp_path)
 
     def run(document):
         names: dict = {}
@@ -233,6 +234,7 @@ def test_the_quickstart_runs(run_snippets, capsys):
     assert set(names["results"]) == {"full", "streaming", "snapkv", "adms"}
     assert "4000 tokens seen" in output
     assert len(names["messages"]) == 4
+    assert "True 620\n" in output  # the kept conversation goes on to the bit
     stream(names["model"], token_ids(700), names["cache"], chunk=32)
     assert names["cache"].layers[0].compressions > 0
 
