@@ -54,7 +54,9 @@ class ByHandMixin:
         def heads() -> list[tuple[int, int]]:
             found = []
             for number, layer in enumerate(self.layers):
-                states = [getattr(layer, name, None) for name in names]
+                if not isinstance(layer, ADMSLayer):
+                    continue
+                states = [getattr(layer.of_row(0)[0], name) for name in names]
                 counts = [state.heads for state in states if state is not None]
                 if counts:
                     found.append((number, max(counts)))
@@ -64,7 +66,8 @@ class ByHandMixin:
 
     def _peek_state(self, name: str, layer: int, row: int, head: int) -> HeadState | None:
         """One head's part of a state, or None where it is not there."""
-        state = getattr(self.layers[layer], name, None)
+        own, row = self.layers[layer].of_row(row)
+        state = getattr(own, name)
         if state is None or head >= state.heads:
             return None
         if not 0 <= row < next(iter(state.tensors().values())).shape[0]:
@@ -109,19 +112,20 @@ class ByHandMixin:
 
     def _middle_and_originals(self, layer: int, row: int, head: int) -> tuple[WeightedTokens, Originals] | None:
         """The middle of one head and its originals, as views; None where it keeps none."""
-        own = self.layers[layer]
+        whole = self.layers[layer]
+        own, place = whole.of_row(row)
         if own.originals is None or head >= own.originals.heads:
             return None
         if own.is_initialized:
             if not own.compacted:
                 return None
             first = self.config.dynamic_start_size
-            middle = own.buffer.slice(first, first + own.width)
+            middle = whole.buffer.slice(first, first + own.width)
         elif own.hand_sketches is not None:
             middle = own.hand_sketches
         else:
             return None
-        return middle.map(lambda tensor: tensor[row : row + 1, head : head + 1]), own.originals.part(row, head)
+        return middle.map(lambda tensor: tensor[row : row + 1, head : head + 1]), own.originals.part(place, head)
 
     def _hand_replay(
         self, layer_idx: int, head_idx: int, keys: torch.Tensor | None = None, values: torch.Tensor | None = None
@@ -151,7 +155,7 @@ class ByHandMixin:
 
     def _replay_originals(self, layer: int, row: int, head: int) -> Originals | None:
         """Where one head's replay bank is, or None."""
-        own = self.layers[layer]
+        own, row = self.layers[layer].of_row(row)
         bank = own.originals if own.is_initialized else own.replay_hand
         return None if bank is None or head >= bank.heads else bank.part(row, head)
 

@@ -270,6 +270,10 @@ class ADMSLayer(CacheLayerMixin):
             return self.resting_length
         return self.length
 
+    def of_row(self, row: int) -> tuple[ADMSLayer, int]:
+        """The layer that holds a row's state, and which of its rows that is."""
+        return self, row
+
     def row_lengths(self, new: int = 0, counts: list[int] | None = None) -> list[int]:
         """Slots each row uses (one number for all), after the compaction that `new` more tokens make necessary."""
         return [self._length_before(new)]

@@ -217,6 +217,13 @@ class PaddedLayer(ADMSLayer):
             getattr(self.buffer, name).masked_fill_(free, value)
         self._bias = None
 
+    def of_row(self, row: int) -> tuple[ADMSLayer, int]:
+        """The part of the row's cohort, and the row's place in it."""
+        for cohort in self.cohorts:
+            if row in cohort.rows:
+                return cohort.part, cohort.rows.index(row)
+        raise ValueError(f"row={row} must be a row of the batch")
+
     def row_lengths(self, new: int = 0, counts: list[int] | None = None) -> list[int]:
         """Slots each row uses, after the compaction that its new tokens make necessary."""
         lengths = [0] * sum(len(cohort.rows) for cohort in self.cohorts)

@@ -325,3 +325,24 @@ def test_the_sinks_of_a_row_are_its_first_real_tokens():
         assert torch.equal(layer.held.count.sum(-1), expected[:, None].expand(2, 2).int())
         assert layer.held_tokens().max() <= layer.config.expected_max_tokens
     assert torch.equal(layer.keys[0, :, :2], keys[0, :, 9:11]) and torch.equal(layer.keys[1, :, :2], keys[1, :, :2])
+
+
+def test_each_rows_state_can_be_read():
+    config = ADMSConfig.adm_plus_plus(**SMALL, sketch_budget=4, replay_budget=2, energy_replay_threshold=1.0)
+    rows = [token_ids(150, seed=1)[0], token_ids(90, seed=2)[0], token_ids(150, seed=3)[0]]
+    ids, mask, positions = left_padded(rows)
+    cache = enable_adms_llm(MODEL, config)
+    run_padded(MODEL, cache, ids, mask, positions, passes(150, 60, 1))
+    for number, row in enumerate(rows):
+        alone = enable_adms_llm(MODEL, config)
+        run_alone(MODEL, alone, row, mask[number], passes(150, 60, 1))
+        for name in ("sketch_bank", "replay_bank"):
+            view, single = getattr(cache, name).row(number), getattr(alone, name)
+            assert list(view) == list(single) and len(view) == 4
+            for key in view:
+                for field, tensor in view[key].items():
+                    torch.testing.assert_close(tensor, single[key][field], rtol=1e-3, atol=1e-3)
+        for name in ("controller_budgets", "controller_energy_ema", "calibration_offsets"):
+            assert set(getattr(cache, name).row(number)) == set(getattr(alone, name))
+    with pytest.raises(ValueError, match="row=3 must be a row of the batch"):
+        list(cache.replay_bank.row(3))
