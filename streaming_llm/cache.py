@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
+from .autograd import unrecorded
 from .by_hand import ByHandMixin
 from .calibration import CalibrationMixin
 from .config import ADMSConfig, layer_windows
@@ -84,6 +85,7 @@ class ADMSKVCache(DualFidelityMixin, ReplayMixin, CalibrationMixin, ControllerMi
         self.broken: str | None = None
         self._next_plan = PLANNED_FIRST
         self._arrival: Arrival | None = None
+        self._before: list[dict[str, Any]] | None = None
         self._length_override: int | None = None
         self._told_unwired = False
         self._profile = False
@@ -100,6 +102,7 @@ class ADMSKVCache(DualFidelityMixin, ReplayMixin, CalibrationMixin, ControllerMi
             raise RuntimeError(f"the cache can't be used any more: {self.broken}. Call cache.reset() or make a new one")
         self._make_layers(layer_idx)
         layer = self.layers[layer_idx]
+        self._check_same_point(layer_idx, key_states.shape[2])
         if not isinstance(layer, ADMSLayer):
             return layer.update(key_states, value_states, *args, **kwargs)
         if not self.wired and not self._told_unwired and layer.length + key_states.shape[2] > layer.capacity:
@@ -113,6 +116,13 @@ class ADMSKVCache(DualFidelityMixin, ReplayMixin, CalibrationMixin, ControllerMi
         if layer is self._last_full_layer():
             self._log_every_512(layer.seen, key_states.shape[2])
         return states
+
+    def _check_same_point(self, layer_idx: int, new: int) -> None:
+        # A pass that failed half-way is taken back by the hooks of an enabled model; without them this is where it shows.
+        first, own = self.layers[0], self.layers[layer_idx]
+        if layer_idx and first.is_initialized and own.get_seq_length() + new != first.get_seq_length():
+            self.broken = f"a forward pass failed before layer {layer_idx}, the layers before it had taken its tokens"
+            raise RuntimeError(f"the cache can't be used any more: {self.broken}. Call cache.reset() or make a new one")
 
     def _make_layers(self, layer_idx: int) -> None:
         while len(self.layers) <= layer_idx:
@@ -129,7 +139,9 @@ class ADMSKVCache(DualFidelityMixin, ReplayMixin, CalibrationMixin, ControllerMi
         return next((layer for layer in self.layers if isinstance(layer, ADMSLayer)), None)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen (not held) by the layer."""
+        """Tokens seen (not held) by the layer; while a forward pass runs, those before it."""
+        if self._before is not None and layer_idx < len(self._before):
+            return self._before[layer_idx]["seen"]
         return self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else 0
 
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
@@ -151,10 +163,12 @@ class ADMSKVCache(DualFidelityMixin, ReplayMixin, CalibrationMixin, ControllerMi
         self.broken = None
         self._next_plan = PLANNED_FIRST
         self._arrival = None
+        self._before = None
         self._length_override = None
 
     # -- around a forward pass (called by the hooks enable_adms_llm registers) --------------------------------------------
 
+    @unrecorded()
     def begin_forward(self, positions: torch.Tensor | None, attention_mask: torch.Tensor | None, new: int) -> None:
         """Take note of the new tokens' positions and padding.
 
@@ -163,6 +177,7 @@ class ADMSKVCache(DualFidelityMixin, ReplayMixin, CalibrationMixin, ControllerMi
             attention_mask: 2-D, 1 for real tokens, its last `new` columns for the new ones; or None.
             new: number of new tokens.
         """
+        self._take_back_unfinished()
         real = None
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             real = attention_mask[:, -new:].bool()
@@ -171,6 +186,11 @@ class ADMSKVCache(DualFidelityMixin, ReplayMixin, CalibrationMixin, ControllerMi
         self._arrival = Arrival(positions=positions, real=real)
         if self.config.enable_adaptive_controller and self.config.controller_scope == "model" and self.wired:
             self._plan_budgets(new)
+        self._before = []
+        for layer in self.layers:
+            # transformers' own layers replace their tensors: what they refer to now is all it takes to go back.
+            own = {"rounds": layer.rounds} if isinstance(layer, ADMSLayer) else {"attributes": dict(vars(layer))}
+            self._before.append({"seen": layer.get_seq_length(), **own})
 
     def _plan_budgets(self, new: int) -> None:
         """Let layers trade budget, where a compaction is due and enough was measured since the last time."""
@@ -182,9 +202,9 @@ class ADMSKVCache(DualFidelityMixin, ReplayMixin, CalibrationMixin, ControllerMi
             self._next_plan = min(2 * first.rounds, first.rounds + PLANNED_EVERY)
             plan_budgets(layers, self.layers_at_once)
 
+    @unrecorded()
     def end_forward(self) -> None:
         """The forward pass went well. Raises `NonFiniteError` (and takes it back) where it brought NaN or infinity."""
-        self._arrival = None
         layers = self._full_layers()
         if layers and layers[0].is_initialized and layers[0].device.type != "cpu":
             groups = {id(layer.group): layer.group for layer in layers if layer.group is not None}
@@ -193,17 +213,58 @@ class ADMSKVCache(DualFidelityMixin, ReplayMixin, CalibrationMixin, ControllerMi
             if bool(torch.stack([flag.to(bad[0].device) for flag in bad]).any()):
                 self.abort_forward()
                 raise NonFiniteError("key_states or value_states hold NaN or infinity; the cache takes finite numbers only")
-        for layer in layers:
-            layer.settle()
+        for layer in self.layers:
+            if isinstance(layer, ADMSLayer):
+                layer.settle()
+            elif layer.is_initialized:
+                layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+        self._arrival = self._before = None
 
+    @unrecorded()
     def abort_forward(self) -> None:
         """The forward pass failed: take back what it appended, or mark the cache as unusable where that is impossible."""
-        self._arrival = None
-        done = [layer.roll_back() for layer in self._full_layers()]
-        sliding = [layer for layer in self.layers if not isinstance(layer, ADMSLayer)]
-        lengths = {layer.get_seq_length() for layer in self.layers}
-        if not all(done) or (sliding and len(lengths) > 1):
-            self.broken = "a forward pass failed after some layers had compacted its tokens"
+        before, self._arrival, self._before = self._before or [], None, None
+        if self.broken:
+            return
+        self.broken = "a forward pass failed after some layers had compacted its tokens, or in the middle of a compaction"
+        for layer, known in zip(self.layers, before, strict=False):
+            if "attributes" in known:
+                vars(layer).clear()
+                vars(layer).update(known["attributes"])
+        if not all([layer.roll_back() for layer in self._full_layers()]):
+            return
+        # A compaction that made room for the tokens stays. Layers it had not come to follow: all must be at one point.
+        full = [(layer, known["rounds"]) for layer, known in zip(self.layers, before, strict=False) if "rounds" in known]
+        if any(layer.rounds > rounds for layer, rounds in full):
+            for layer, rounds in full:
+                if layer.rounds == rounds:
+                    layer.make_room()
+        self.broken = None
+
+    def _take_back_unfinished(self) -> None:
+        # Python calls no hook after a KeyboardInterrupt in a forward pass: it is found here, at the next call.
+        if self._before is not None:
+            self.abort_forward()
+
+    def crop(self, *args, **kwargs) -> None:
+        """Remove the newest tokens; see `ADMSLayer.crop`."""
+        self._take_back_unfinished()
+        super().crop(*args, **kwargs)
+
+    def reorder_cache(self, *args, **kwargs) -> None:
+        """Rows change places; see `ADMSLayer.reorder_cache`."""
+        self._take_back_unfinished()
+        super().reorder_cache(*args, **kwargs)
+
+    def batch_repeat_interleave(self, *args, **kwargs) -> None:
+        """Each row several times; see `ADMSLayer.batch_repeat_interleave`."""
+        self._take_back_unfinished()
+        super().batch_repeat_interleave(*args, **kwargs)
+
+    def batch_select_indices(self, *args, **kwargs) -> None:
+        """Only some rows; see `ADMSLayer.batch_select_indices`."""
+        self._take_back_unfinished()
+        super().batch_select_indices(*args, **kwargs)
 
     # -- plain lists -----------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
+import threading
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ SUPPORTED_MODEL_TYPES = (
     "smollm3",
 )
 _STATE = "_adms_wiring"
+# Threads may enable one model at the same time: it is wired once.
+_WIRING = threading.RLock()
 
 logger = logging.getLogger("streaming_llm")
 
@@ -55,7 +58,8 @@ def enable_adms_llm(model: PreTrainedModel, config: ADMSConfig | None = None, **
         raise ValueError(f"config and the settings {', '.join(settings)} were both given: pass one or the other")
     if config is None:
         config = ADMSConfig.from_dict(settings)
-    base = _check_model(model)
+    with _WIRING:
+        base = _check_model(model)
     ropes = _ropes(model, config, explicit=bool(settings.get("enable_position_calibration")))
     if ropes is None and config.enable_position_calibration:
         config = dataclasses.replace(config, enable_position_calibration=False)
@@ -88,13 +92,14 @@ def enable_streaming_llm(
 
 def disable_adms_llm(model: PreTrainedModel) -> None:
     """Undo `enable_adms_llm`: the attention implementation is what it was, the hooks are gone. Harmless when not enabled."""
-    wiring = model.__dict__.pop(_STATE, None)
-    if wiring is None:
-        return
-    for handle in wiring["handles"]:
-        handle.remove()
-    if model.config._attn_implementation == PREFIX + wiring["base"]:
-        model.set_attn_implementation(wiring["base"])
+    with _WIRING:
+        wiring = model.__dict__.pop(_STATE, None)
+        if wiring is None:
+            return
+        for handle in wiring["handles"]:
+            handle.remove()
+        if model.config._attn_implementation == PREFIX + wiring["base"]:
+            model.set_attn_implementation(wiring["base"])
 
 
 def is_enabled(model: PreTrainedModel) -> bool:
@@ -146,17 +151,18 @@ def _layers_at_once(model: PreTrainedModel) -> int:
 
 
 def _wire(model: PreTrainedModel, base: str) -> None:
-    if is_enabled(model):
-        if model.config._attn_implementation == PREFIX + base and model.__dict__[_STATE]["base"] == base:
-            return
-        # The user chose another implementation since: wrap that one.
-        disable_adms_llm(model)
-    register()
-    model.set_attn_implementation(PREFIX + base)
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    before = decoder.register_forward_pre_hook(_before_forward, with_kwargs=True)
-    after = decoder.register_forward_hook(_after_forward, with_kwargs=True, always_call=True)
-    model.__dict__[_STATE] = {"base": base, "handles": (before, after)}
+    with _WIRING:
+        if is_enabled(model):
+            if model.config._attn_implementation == PREFIX + base and model.__dict__[_STATE]["base"] == base:
+                return
+            # The user chose another implementation since: wrap that one.
+            disable_adms_llm(model)
+        register()
+        model.set_attn_implementation(PREFIX + base)
+        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+        before = decoder.register_forward_pre_hook(_before_forward, with_kwargs=True)
+        after = decoder.register_forward_hook(_after_forward, with_kwargs=True, always_call=True)
+        model.__dict__[_STATE] = {"base": base, "handles": (before, after)}
 
 
 def _arguments(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:

@@ -105,6 +105,11 @@ class LayerGroup:
             for layer in self.layers
         )
 
+    @property
+    def compacting(self) -> bool:
+        """Whether a compaction of the layers began and has not ended."""
+        return self.whole is not None and self.whole._compacting
+
     def compact(self, width: int | None = None) -> None:
         """Compact all layers in one call; `width` as for `ADMSLayer.compact`."""
         whole, first = self.whole, self.layers[0]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from .autograd import unrecorded
 from .budgets import middle_variance, share_budget
 from .calibration import CalibrationState
 from .compressors import get_compressor
@@ -135,6 +136,7 @@ class ADMSLayer(CacheLayerMixin):
         self._undo: tuple[int, int, int, int] | None = None
         self._saved: dict[str, torch.Tensor] | None = None
         self._sealed = False
+        self._compacting = False
         self._timing = False
 
     # -- what transformers asks ------------------------------------------------------------------------------------------
@@ -259,15 +261,28 @@ class ADMSLayer(CacheLayerMixin):
             ValueError: a batch, head count or dimension other than the tokens held have; nothing has changed.
             RuntimeError: the model this cache was enabled on no longer shows its queries; nothing has changed.
         """
+        with unrecorded():
+            keys, values = self._append(key_states, value_states, arrival)
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            # What is kept is cut off from autograd and written in place later. Gradients reach the pass's own tokens only:
+            # through copies.
+            before = keys.shape[2] - key_states.shape[2]
+            keys = torch.cat([keys[:, :, :before], key_states.to(keys.dtype)], dim=2)
+            values = torch.cat([values[:, :, :before], value_states.to(values.dtype)], dim=2)
+        if self.wired:
+            self._unanswered = True
+            keys.adms_layer = self
+        return keys, values
+
+    def _append(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, arrival: Arrival | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self._check(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[2]
         if self.will_compact(new):
-            if self.group is not None and self.group.ready:
-                self.group.compact()
-            else:
-                self.compact()
+            self.make_room()
         arrival = arrival or Arrival()
         self._undo = (self.length, self.seen, self.query_count, self.query_folded)
         self._sealed, self._saved = False, None
@@ -298,9 +313,6 @@ class ADMSLayer(CacheLayerMixin):
             if not self.wired:
                 keys, values = keys.clone(), values.clone()
                 self.compact()
-        if self.wired:
-            self._unanswered = True
-            keys.adms_layer = self
         return keys, values
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -332,6 +344,7 @@ class ADMSLayer(CacheLayerMixin):
         """True while nothing was compacted and nothing padded: attention is then the model's own, to the bit."""
         return not self.compacted
 
+    @unrecorded()
     def attention_bias(self, new: int, groups: int, dtype: torch.dtype) -> torch.Tensor:
         """Log-mass, causality among the new tokens and padding as one additive mask.
 
@@ -359,6 +372,7 @@ class ADMSLayer(CacheLayerMixin):
         hidden = torch.ones(new, new, dtype=torch.bool, device=bias.device).triu(1)
         return torch.cat([bias[..., : tokens - new], bias[..., tokens - new :].masked_fill(hidden, lowest)], dim=-1)
 
+    @unrecorded()
     def observe(self, query: torch.Tensor, scale: float, softcap: float | None = None) -> None:
         """Take note of the queries that attended to what `update` returned, then compact if that was too much.
 
@@ -491,15 +505,23 @@ class ADMSLayer(CacheLayerMixin):
         self._append_queries(states[:, :, :, -last:], None if real is None else real[:, -last:])
         self.query_folded = self.query_count
 
+    def make_room(self) -> None:
+        """Compact, with all layers of the group where they are at the same point."""
+        if self.group is not None and self.group.ready:
+            self.group.compact()
+        else:
+            self.compact()
+
     # -- compaction ------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @unrecorded()
     def compact(self, width: int | None = None) -> None:
         """Reduce the middle to its budget; sinks and recent window stay. Nothing happens while the middle fits.
 
         Args:
             width: slots the middle has from now on, where budgets move between layers; None for as many as now.
         """
+        self._compacting = True
         with self._timed():
             source = self.overflow
             if source is None:
@@ -546,6 +568,7 @@ class ADMSLayer(CacheLayerMixin):
             needed = self.config.attention_window if self.compressor.needs_queries else 0
             if self.query_buffer is not None:
                 self._keep_queries(needed)
+        self._compacting = False
 
     def _rows_aligned(self, source: WeightedTokens) -> WeightedTokens:
         """The slots of each row reordered so that its first real tokens, the sinks, come first; padding follows them."""
@@ -698,9 +721,13 @@ class ADMSLayer(CacheLayerMixin):
 
     # -- rows and ends ---------------------------------------------------------------------------------------------------
 
+    @unrecorded()
     def roll_back(self) -> bool:
-        """Take back the last `update`, as if it had never been; False where it was compacted already and can't be."""
+        """Take back the last `update`, as if it had never been; False where it can't be: it was compacted already, or the
+        failure came in the middle of a compaction."""
         self._unanswered = False
+        if self._compacting or (self.group is not None and self.group.compacting):
+            return False
         if self._undo is None:
             return True
         if self._sealed:
@@ -728,6 +755,7 @@ class ADMSLayer(CacheLayerMixin):
         """The forward pass is over: what it appended stays."""
         self._undo = self._saved = None
 
+    @unrecorded()
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens (a negative number, as transformers passes it).
 
@@ -755,6 +783,7 @@ class ADMSLayer(CacheLayerMixin):
         """Forget everything, as a new layer."""
         self._forget()
 
+    @unrecorded()
     def _map_rows(self, function) -> None:
         if not self.is_initialized:
             return
