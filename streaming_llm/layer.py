@@ -137,6 +137,7 @@ class ADMSLayer(CacheLayerMixin):
         self._saved: dict[str, torch.Tensor] | None = None
         self._sealed = False
         self._compacting = False
+        self._cut = False
         self._timing = False
 
     # -- what transformers asks ------------------------------------------------------------------------------------------
@@ -147,8 +148,8 @@ class ADMSLayer(CacheLayerMixin):
         return None if self.buffer is None else self.buffer.keys[:, :, : self.length]
 
     @keys.setter
-    def keys(self, _: object) -> None:
-        pass  # CacheLayerMixin.__init__ assigns None
+    def keys(self, states: torch.Tensor | None) -> None:
+        self._assign("keys", states)
 
     @property
     def values(self) -> torch.Tensor | None:
@@ -156,8 +157,21 @@ class ADMSLayer(CacheLayerMixin):
         return None if self.buffer is None else self.buffer.values[:, :, : self.length]
 
     @values.setter
-    def values(self, _: object) -> None:
-        pass
+    def values(self, states: torch.Tensor | None) -> None:
+        self._assign("values", states)
+
+    def _assign(self, name: str, states: torch.Tensor | None) -> None:
+        # CacheLayerMixin.__init__ assigns None; kvpress's pipeline takes an answer back by assigning what came before it.
+        if states is None:
+            return
+        own = getattr(self, name)
+        first = own is not None and states.data_ptr() == own.data_ptr() and states.stride() == own.stride()
+        if not first or states.shape[2] > own.shape[2]:
+            raise ValueError(f"{name} can't be assigned to: the cache decides itself what to keep, and knows its log-mass")
+        if self.compacted:
+            self._cut = True
+        elif states.shape[2] < self.length:
+            self.crop(states.shape[2] - self.length)
 
     @property
     def held(self) -> WeightedTokens:
@@ -316,6 +330,11 @@ class ADMSLayer(CacheLayerMixin):
         return keys, values
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        if self._cut:
+            raise RuntimeError(
+                "the newest tokens were to be removed by assigning keys, but some were compacted already: the cache can't go on. "
+                "Ask one question with a cache (a copy.deepcopy of one that read the text will do), or call cache.reset()"
+            )
         too_many = self.length + key_states.shape[2] > self.capacity
         if self._unanswered and (self.compacted or too_many):
             raise RuntimeError(
