@@ -18,6 +18,7 @@ from .controller import ControllerMixin
 from .dual_fidelity import DualFidelityMixin
 from .group import can_plan, group_layers, plan_budgets
 from .layer import ADMSLayer, Arrival, NonFiniteError
+from .parallel import Ranks
 from .replay import ReplayMixin
 from .rope import Rope
 from .stats import StatsMixin
@@ -53,6 +54,7 @@ class ADMSKVCache(DualFidelityMixin, ReplayMixin, CalibrationMixin, ControllerMi
         wired: True when the model's attention shows its queries (set by `enable_adms_llm`).
         layers_at_once: layers whose buffers are one and which are compacted in one call; they must be on one device.
         ropes: how each layer's keys turn with position, for the calibration; None where that is not known.
+        ranks: the processes a tensor-parallel model's heads are spread over; None where each has all heads.
 
     Attributes:
         profile: set to True to have `compaction_seconds` count the time compaction takes (waits for the device).
@@ -65,6 +67,7 @@ class ADMSKVCache(DualFidelityMixin, ReplayMixin, CalibrationMixin, ControllerMi
         wired: bool = False,
         layers_at_once: int = 1,
         ropes: Sequence[Rope] | None = None,
+        ranks: Ranks | None = None,
     ):
         config = ADMSConfig() if config is None else config
         if not isinstance(config, ADMSConfig):
@@ -81,6 +84,7 @@ class ADMSKVCache(DualFidelityMixin, ReplayMixin, CalibrationMixin, ControllerMi
         self.config = config
         self.wired = wired
         self.layers_at_once = layers_at_once
+        self.ranks = ranks
         group_layers(self._full_layers(), layers_at_once)
         self.broken: str | None = None
         self._next_plan = PLANNED_FIRST
@@ -200,7 +204,7 @@ class ADMSKVCache(DualFidelityMixin, ReplayMixin, CalibrationMixin, ControllerMi
             return
         if first.rounds >= self._next_plan:
             self._next_plan = min(2 * first.rounds, first.rounds + PLANNED_EVERY)
-            plan_budgets(layers, self.layers_at_once)
+            plan_budgets(layers, self.layers_at_once, self.ranks)
 
     @unrecorded()
     def end_forward(self) -> None:

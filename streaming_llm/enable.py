@@ -15,6 +15,7 @@ from .attention import BASES, PREFIX, register
 from .cache import ADMSKVCache
 from .config import ADMSConfig
 from .group import CPU_LAYERS
+from .parallel import Ranks
 from .rope import Rope, rope_layers
 
 # Model types whose attention was tested with the cache (tests/test_families.py holds the list to its word).
@@ -60,11 +61,21 @@ def enable_adms_llm(model: PreTrainedModel, config: ADMSConfig | None = None, **
         config = ADMSConfig.from_dict(settings)
     with _WIRING:
         base = _check_model(model)
+    ranks = Ranks.of(model)
+    for name, on in (
+        ("use_adaptive_budget=True", config.use_adaptive_budget),
+        ("controller_scope='layer'", config.enable_adaptive_controller and config.controller_scope == "layer"),
+    ):
+        if ranks is not None and on:
+            raise ValueError(
+                f"{name} shares budget between a layer's heads, which tensor parallelism puts into different "
+                "processes; use controller_scope='model'"
+            )
     ropes = _ropes(model, config, explicit=bool(settings.get("enable_position_calibration")))
     if ropes is None and config.enable_position_calibration:
         config = dataclasses.replace(config, enable_position_calibration=False)
     at_once = _layers_at_once(model)
-    cache = ADMSKVCache(config, model_config=model.config, wired=True, layers_at_once=at_once, ropes=ropes)
+    cache = ADMSKVCache(config, model_config=model.config, wired=True, layers_at_once=at_once, ropes=ropes, ranks=ranks)
     _wire(model, base)
     return cache
 

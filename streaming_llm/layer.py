@@ -332,8 +332,8 @@ class ADMSLayer(CacheLayerMixin):
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         if self._cut:
             raise RuntimeError(
-                "the newest tokens were to be removed by assigning keys, but some were compacted already: the cache can't go on. "
-                "Ask one question with a cache (a copy.deepcopy of one that read the text will do), or call cache.reset()"
+                "the newest tokens were to be removed by assigning keys, but tokens were compacted already: the cache can't go "
+                "on. Ask one question with a cache (a copy.deepcopy of one that read the text will do), or call cache.reset()"
             )
         too_many = self.length + key_states.shape[2] > self.capacity
         if self._unanswered and (self.compacted or too_many):

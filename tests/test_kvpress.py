@@ -48,13 +48,13 @@ def test_past_the_bound_one_question_is_answered_as_by_generate_with_the_cache(s
         [{"role": "user", "content": CONTEXT + separator}], add_generation_prompt=True, tokenize=False
     )
     context, rest = whole.split(separator)
-    parts = [tokenizer.encode(text, return_tensors="pt", add_special_tokens=False) for text in (context, QUESTIONS[0] + rest)]
+    parts = [
+        tokenizer.encode(text, return_tensors="pt", add_special_tokens=False) for text in (context, QUESTIONS[0] + rest)
+    ]
     own, ids = enable_adms_llm(model, **SMALL), torch.cat(parts, dim=1)
     with torch.no_grad():
         model(parts[0], past_key_values=own)
-    said = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, past_key_values=own
-    )
+    said = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, past_key_values=own)
     assert tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True) == answer
 
 

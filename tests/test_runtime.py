@@ -58,7 +58,9 @@ def kept(cache) -> list[torch.Tensor]:
 
 
 @EVERY
-@pytest.mark.parametrize("order", [["inference", "no_grad"], ["no_grad", "grad", "inference"], ["inference", "grad"], ["grad"]])
+@pytest.mark.parametrize(
+    "order", [["inference", "no_grad"], ["no_grad", "grad", "inference"], ["inference", "grad"], ["grad"]]
+)
 def test_one_cache_goes_through_every_mode_with_equal_logits(config, order):
     ids = token_ids(160, 2)
 
