@@ -41,6 +41,9 @@ def _attention(base: str) -> Callable:
         layer: ADMSLayer | None = getattr(key, "adms_layer", None)
         if layer is None:
             return forward(module, query, key, value, attention_mask, **kwargs)
+        if query.requires_grad and torch.is_grad_enabled() and not key.requires_grad:
+            # Only the queries are learnt: the backward pass needs the keys and values as they are now.
+            key, value = key.clone(), value.clone()
         if not layer.plain:
             attention_mask = layer.attention_bias(query.shape[2], query.shape[1] // key.shape[1], query.dtype)
         result = forward(module, query, key, value, attention_mask, **kwargs)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .autograd import unrecorded
 from .calibration import CalibrationState
 from .config import REPLAY_BANK
 from .controller import ControllerState
@@ -32,6 +33,7 @@ class ByHandMixin:
             raise ValueError(f"head_idx={head_idx} must be below {layer.buffer.keys.shape[1]}, the layer's KV heads")
         return layer
 
+    @unrecorded()
     def _head_state(self, name: str, layer_idx: int, head_idx: int) -> HeadState:
         """One head's part of a layer's `calibration` or `controller` state, as views, for row 0."""
         layer = self._layer_by_hand(layer_idx, head_idx)
@@ -82,6 +84,7 @@ class ByHandMixin:
             raise RuntimeError(f"layer {layer_idx} is filled by a model: its banks change by compaction only, not by hand")
         return layer
 
+    @unrecorded()
     def _hand_bank(
         self, layer_idx: int, head_idx: int, keys: torch.Tensor | None = None, values: torch.Tensor | None = None
     ) -> tuple[WeightedTokens, Originals]:
@@ -127,6 +130,7 @@ class ByHandMixin:
             return None
         return middle.map(lambda tensor: tensor[row : row + 1, head : head + 1]), own.originals.part(place, head)
 
+    @unrecorded()
     def _hand_replay(
         self, layer_idx: int, head_idx: int, keys: torch.Tensor | None = None, values: torch.Tensor | None = None
     ) -> Originals:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
+from .autograd import unrecorded
 from .by_hand import ByHandMixin
 from .calibration import CalibrationMixin
 from .config import ADMSConfig, layer_windows
@@ -17,6 +19,7 @@ from .controller import ControllerMixin
 from .dual_fidelity import DualFidelityMixin
 from .group import can_plan, group_layers, plan_budgets
 from .layer import ADMSLayer, Arrival, NonFiniteError
+from .parallel import Ranks
 from .positions import PositionWindow
 from .replay import ReplayMixin
 from .rope import Rope
@@ -58,6 +61,7 @@ class ADMSKVCache(
         layers_at_once: layers whose buffers are one and which are compacted in one call; they must be on one device.
         ropes: how each layer's keys turn with position; None where that is not known.
         window: the positions the model is given; None for those it would have.
+        ranks: the processes a tensor-parallel model's heads are spread over; None where each has all heads.
 
     Attributes:
         profile: set to True to have `compaction_seconds` count the time compaction takes (waits for the device).
@@ -71,6 +75,7 @@ class ADMSKVCache(
         layers_at_once: int = 1,
         ropes: Sequence[Rope] | None = None,
         window: PositionWindow | None = None,
+        ranks: Ranks | None = None,
     ):
         config = ADMSConfig() if config is None else config
         if not isinstance(config, ADMSConfig):
@@ -87,6 +92,7 @@ class ADMSKVCache(
         self.config = config
         self.wired = wired
         self.layers_at_once = layers_at_once
+        self.ranks = ranks
         group_layers(self._full_layers(), layers_at_once)
         self.broken: str | None = None
         self.window = PositionWindow() if window is None else window
@@ -94,6 +100,8 @@ class ADMSKVCache(
         self.ropes: tuple[tuple[Rope, ...] | None, str | None] = (None, None)
         self._arrival: Arrival | None = None
         self._followed: list[int] | None = None
+        self._before: list[tuple[int, dict[str, Any] | None]] | None = None
+        self._room: tuple[int, int, Arrival] | None = None
         self._length_override: int | None = None
         self._told_unwired = False
         self._profile = False
@@ -110,6 +118,7 @@ class ADMSKVCache(
             raise RuntimeError(f"the cache can't be used any more: {self.broken}. Call cache.reset() or make a new one")
         self._make_layers(layer_idx)
         layer = self.layers[layer_idx]
+        self._check_same_point(layer_idx, key_states.shape[2])
         if not isinstance(layer, ADMSLayer):
             return layer.update(key_states, value_states, *args, **kwargs)
         if not self.wired and not self._told_unwired and layer.length + key_states.shape[2] > layer.capacity:
@@ -123,6 +132,13 @@ class ADMSKVCache(
         if layer is self._last_full_layer():
             self._log_every_512(layer.seen, key_states.shape[2])
         return states
+
+    def _check_same_point(self, layer_idx: int, new: int) -> None:
+        # A pass that failed half-way is taken back by the hooks of an enabled model; without them this is where it shows.
+        first, own = self.layers[0], self.layers[layer_idx]
+        if layer_idx and first.is_initialized and own.get_seq_length() + new != first.get_seq_length():
+            self.broken = f"a forward pass failed before layer {layer_idx}, the layers before it had taken its tokens"
+            raise RuntimeError(f"the cache can't be used any more: {self.broken}. Call cache.reset() or make a new one")
 
     def _make_layers(self, layer_idx: int) -> None:
         while len(self.layers) <= layer_idx:
@@ -139,7 +155,9 @@ class ADMSKVCache(
         return next((layer for layer in self.layers if isinstance(layer, ADMSLayer)), None)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen (not held) by the layer."""
+        """Tokens seen (not held) by the layer; while a forward pass runs, those before it."""
+        if self._before is not None and layer_idx < len(self._before):
+            return self._before[layer_idx][0]
         return self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else 0
 
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
@@ -168,11 +186,12 @@ class ADMSKVCache(
         self._hand_counts = {}
         self._variances = {}
         self.broken = None
-        self._arrival = None
+        self._arrival = self._before = self._room = None
         self._length_override = None
 
     # -- around a forward pass (called by the hooks enable_adms_llm registers) --------------------------------------------
 
+    @unrecorded()
     def begin_forward(
         self, positions: torch.Tensor | None, attention_mask: torch.Tensor | None, new: int, batch: int, device: torch.device
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -189,6 +208,7 @@ class ADMSKVCache(
         Raises:
             ValueError: a mask or positions that can't be right; nothing has changed.
         """
+        self._take_back_unfinished()
         if self.broken:
             raise RuntimeError(f"the cache can't be used any more: {self.broken}. Call cache.reset() or make a new one")
         seen = self.get_seq_length()
@@ -213,7 +233,8 @@ class ADMSKVCache(
         arrival = Arrival(real=real, counts=counts, masked=masked, tail=tail)
         # Refused before anything changes: what a compaction would make room for can only be fewer slots.
         self.window.plan(first, last, self._slots_after(new, arrival))
-        self._make_room(new, batch, arrival)
+        self._room = new, batch, arrival
+        self._make_room(*self._room)
         shifts = self.window.plan(first, last, self._slots_in_use())
         if any(shifts):
             self._move_window(shifts, device)
@@ -222,6 +243,10 @@ class ADMSKVCache(
         arrival.positions = self.window.place(positions, real, first, new, counting, device)
         self._arrival = arrival
         self.window.follow(last)
+        # transformers' own layers replace their tensors: what they refer to now is all it takes to go back.
+        self._before = [
+            (layer.get_seq_length(), None if isinstance(layer, ADMSLayer) else dict(vars(layer))) for layer in self.layers
+        ]
         return arrival.positions, attention_mask
 
     def _whole_mask(self, mask: torch.Tensor, seen: int, new: int, batch: int) -> tuple[torch.Tensor, bool]:
@@ -297,7 +322,8 @@ class ADMSKVCache(
             return
         if not isinstance(layers[0], PaddedLayer):
             if self._plan_is_due(layers[0], new) and can_plan(layers):
-                plan_budgets(layers, self.layers_at_once)
+                with self._broken_if_it_fails():
+                    plan_budgets(layers, self.layers_at_once, self.ranks)
                 self._plan_next(layers[0])
             return
         for number, cohort in enumerate(layers[0].cohorts):
@@ -308,10 +334,18 @@ class ADMSKVCache(
                         layer.align()
                 parts = [layer.lend(layer.cohorts[number]) for layer in layers]
                 if can_plan(parts):
-                    plan_budgets(parts, 1)
+                    with self._broken_if_it_fails():
+                        plan_budgets(parts, 1, self.ranks)
                     self._plan_next(parts[0])
                 for layer in layers:
                     layer.give_back(layer.cohorts[number])
+
+    @contextlib.contextmanager
+    def _broken_if_it_fails(self) -> Iterator[None]:
+        """What concerns all layers at once is done for all of them or the cache says that it is not."""
+        self.broken = "moving budgets or positions failed half way"
+        yield
+        self.broken = None
 
     @staticmethod
     def _plan_is_due(first: ADMSLayer, new: int) -> bool:
@@ -324,22 +358,23 @@ class ADMSKVCache(
 
     def _move_window(self, shifts: list[int], device: torch.device) -> None:
         """Move everything held back by so many positions, row by row."""
-        for layer in self.layers:
-            if not layer.is_initialized:
-                continue
-            batch = layer.buffer.keys.shape[0] if isinstance(layer, ADMSLayer) else layer.keys.shape[0]
-            shift = torch.tensor(shifts, device=device).expand(batch)
-            if isinstance(layer, ADMSLayer):
-                layer.move_window(shift)
-            elif layer.keys.shape[2]:
-                rope = getattr(layer, "rope", None)
-                if rope is not None:
-                    layer.keys = rope.shift(layer.keys, -shift.view(-1, 1, 1).to(layer.keys.device))
+        with self._broken_if_it_fails():
+            for layer in self.layers:
+                if not layer.is_initialized:
+                    continue
+                batch = layer.buffer.keys.shape[0] if isinstance(layer, ADMSLayer) else layer.keys.shape[0]
+                shift = torch.tensor(shifts, device=device).expand(batch)
+                if isinstance(layer, ADMSLayer):
+                    layer.move_window(shift)
+                elif layer.keys.shape[2]:
+                    rope = getattr(layer, "rope", None)
+                    if rope is not None:
+                        layer.keys = rope.shift(layer.keys, -shift.view(-1, 1, 1).to(layer.keys.device))
         self.window.move(shifts)
 
+    @unrecorded()
     def end_forward(self) -> None:
         """The forward pass went well. Raises `NonFiniteError` (and takes it back) where it brought NaN or infinity."""
-        self._arrival = None
         layers = self._full_layers()
         if layers and layers[0].is_initialized and layers[0].device.type != "cpu":
             groups = {id(layer.group): layer.group for layer in layers if layer.group is not None}
@@ -348,18 +383,37 @@ class ADMSKVCache(
             if bool(torch.stack([flag.to(bad[0].device) for flag in bad]).any()):
                 self.abort_forward()
                 raise NonFiniteError("key_states or value_states hold NaN or infinity; the cache takes finite numbers only")
-        for layer in layers:
-            layer.settle()
+        for layer in self.layers:
+            if isinstance(layer, ADMSLayer):
+                layer.settle()
+            elif layer.is_initialized:
+                layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+        self._arrival = self._before = self._room = None
 
+    @unrecorded()
     def abort_forward(self) -> None:
         """The forward pass failed: take back what it appended, or mark the cache as unusable where that is impossible."""
-        self._arrival = None
+        before, room = self._before or [], self._room
+        self._arrival = self._before = self._room = None
         self.window.following = self._followed
-        done = [layer.roll_back() for layer in self._full_layers()]
-        sliding = [layer for layer in self.layers if not isinstance(layer, ADMSLayer)]
-        lengths = {layer.get_seq_length() for layer in self.layers}
-        if not all(done) or (sliding and len(lengths) > 1):
-            self.broken = "a forward pass failed after some layers had compacted its tokens"
+        if self.broken:
+            return
+        self.broken = "a forward pass failed after some layers had compacted its tokens, or in the middle of a compaction"
+        for layer, (_, attributes) in zip(self.layers, before, strict=False):
+            if attributes is not None:
+                vars(layer).clear()
+                vars(layer).update(attributes)
+        if not all([layer.roll_back() for layer in self._full_layers()]):
+            return
+        # A compaction that made room for the tokens stays. Layers it had not come to follow: all must be at one point.
+        if room is not None:
+            self._make_room(*room)
+        self.broken = None
+
+    def _take_back_unfinished(self) -> None:
+        # Python calls no hook after a KeyboardInterrupt in a forward pass: it is found here, at the next call.
+        if self._room is not None:
+            self.abort_forward()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens of every layer; 0 settles what was tried out.
@@ -367,6 +421,7 @@ class ADMSKVCache(
         Raises:
             ValueError: they are not all held exactly any more, in whichever layer; nothing has changed.
         """
+        self._take_back_unfinished()
         gone = -tokens_to_remove
         if gone < 0:
             # Releases before 5.10 give the length to keep.
@@ -394,16 +449,19 @@ class ADMSKVCache(
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row `i` of every layer becomes what row `beam_idx[i]` was."""
+        self._take_back_unfinished()
         super().reorder_cache(beam_idx)
         self._pick_rows(lambda rows: rows[beam_idx.cpu()])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times, one after the other."""
+        self._take_back_unfinished()
         super().batch_repeat_interleave(repeats)
         self._pick_rows(lambda rows: rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Only the rows `indices`."""
+        self._take_back_unfinished()
         super().batch_select_indices(indices)
         self._pick_rows(lambda rows: rows[indices.cpu() if isinstance(indices, torch.Tensor) else indices])
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from .autograd import unrecorded
 from .compressors.merge import features, squared_distance
 from .config import SKETCH_REDUCTIONS
 from .recall import Originals, spread_pick, stand_in_error, take_off
@@ -330,6 +331,7 @@ class DualFidelityMixin:
         check_head(original_k=original_k, original_v=original_v, approx_k=approx_k, approx_v=approx_v)
         return float(residual_energy(*as_batch(original_k, original_v, approx_k, approx_v)))
 
+    @unrecorded()
     def _update_sketch_bank(self, layer_idx: int, head_idx: int, overflow_k, overflow_v, overflow_positions) -> None:
         """Make sketches of a head's overflow, beside those it has; the tokens become their originals."""
         check_head(overflow_k=overflow_k, overflow_v=overflow_v)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
+import threading
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .cache import ADMSKVCache
 from .config import ADMSConfig
 from .group import CPU_LAYERS
 from .model_facts import describe_model
+from .parallel import Ranks
 from .positions import PositionWindow
 from .rope import Rope, restore_frequencies, rope_layers
 
@@ -36,6 +38,8 @@ SUPPORTED_MODEL_TYPES = (
 # Model types with a table of learned positions: there is none past its end.
 _LEARNED_POSITIONS = ("gpt2",)
 _STATE = "_adms_wiring"
+# Threads may enable one model at the same time: it is wired once.
+_WIRING = threading.RLock()
 
 logger = logging.getLogger("streaming_llm")
 
@@ -59,7 +63,8 @@ def enable_adms_llm(model: PreTrainedModel, config: ADMSConfig | None = None, **
         raise ValueError(f"config and the settings {', '.join(settings)} were both given: pass one or the other")
     if config is None:
         config = ADMSConfig.from_dict(settings)
-    base = check_model(model)
+    with _WIRING:
+        base = check_model(model)
     cache = make_cache(model, config, explicit=bool(settings.get("enable_position_calibration")))
     wire(model, base, cache)
     return cache
@@ -88,13 +93,14 @@ def enable_streaming_llm(
 
 def disable_adms_llm(model: PreTrainedModel) -> None:
     """Undo `enable_adms_llm`: the attention implementation is what it was, the hooks are gone. Harmless when not enabled."""
-    wiring = model.__dict__.pop(_STATE, None)
-    if wiring is None:
-        return
-    for handle in wiring["handles"]:
-        handle.remove()
-    if model.config._attn_implementation == PREFIX + wiring["base"]:
-        model.set_attn_implementation(wiring["base"])
+    with _WIRING:
+        wiring = model.__dict__.pop(_STATE, None)
+        if wiring is None:
+            return
+        for handle in wiring["handles"]:
+            handle.remove()
+        if model.config._attn_implementation == PREFIX + wiring["base"]:
+            model.set_attn_implementation(wiring["base"])
 
 
 def is_enabled(model: PreTrainedModel) -> bool:
@@ -127,6 +133,16 @@ def make_cache(model: PreTrainedModel, config: ADMSConfig, explicit: bool = Fals
     Args:
         explicit: whether the calibration was asked for by name; it is then an error, not a warning, where it can't be.
     """
+    ranks = Ranks.of(model)
+    for name, on in (
+        ("use_adaptive_budget=True", config.use_adaptive_budget),
+        ("controller_scope='layer'", config.enable_adaptive_controller and config.controller_scope == "layer"),
+    ):
+        if ranks is not None and on:
+            raise ValueError(
+                f"{name} shares budget between a layer's heads, which tensor parallelism puts into different "
+                "processes; use controller_scope='model'"
+            )
     ropes, reason = _ropes(model)
     if reason is not None and config.enable_position_calibration:
         if explicit:
@@ -136,8 +152,15 @@ def make_cache(model: PreTrainedModel, config: ADMSConfig, explicit: bool = Fals
     if reason is not None and config.positions == "cache":
         raise ValueError(f"position_policy='cache' can't be: {reason}")
     window = _window(model, config, ropes, reason)
-    at_once = _layers_at_once(model)
-    cache = ADMSKVCache(config, model_config=model.config, wired=True, layers_at_once=at_once, ropes=ropes, window=window)
+    cache = ADMSKVCache(
+        config,
+        model_config=model.config,
+        wired=True,
+        layers_at_once=_layers_at_once(model),
+        ropes=ropes,
+        window=window,
+        ranks=ranks,
+    )
     cache.model_facts = describe_model(model)
     cache.ropes = ropes, reason
     return cache
@@ -188,18 +211,19 @@ def wire(model: PreTrainedModel, base: str, cache: ADMSKVCache) -> None:
 
     What was found out about its RoPE for `cache` is remembered for the next.
     """
-    if is_enabled(model):
-        if model.config._attn_implementation == PREFIX + base and model.__dict__[_STATE]["base"] == base:
-            return
-        # The user chose another implementation since: wrap that one.
-        disable_adms_llm(model)
-    register()
-    model.set_attn_implementation(PREFIX + base)
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    before = decoder.register_forward_pre_hook(_before_forward, with_kwargs=True)
-    after = decoder.register_forward_hook(_after_forward, with_kwargs=True, always_call=True)
-    logits = model.register_forward_pre_hook(_before_logits, with_kwargs=True)
-    model.__dict__[_STATE] = {"base": base, "handles": (before, after, logits), "ropes": cache.ropes}
+    with _WIRING:
+        if is_enabled(model):
+            if model.config._attn_implementation == PREFIX + base and model.__dict__[_STATE]["base"] == base:
+                return
+            # The user chose another implementation since: wrap that one.
+            disable_adms_llm(model)
+        register()
+        model.set_attn_implementation(PREFIX + base)
+        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+        before = decoder.register_forward_pre_hook(_before_forward, with_kwargs=True)
+        after = decoder.register_forward_hook(_after_forward, with_kwargs=True, always_call=True)
+        logits = model.register_forward_pre_hook(_before_logits, with_kwargs=True)
+        model.__dict__[_STATE] = {"base": base, "handles": (before, after, logits), "ropes": cache.ropes}
 
 
 def _arguments(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 
 from .controller import layer_budgets
 from .layer import COUNTS, STATES, ADMSLayer
+from .parallel import Ranks
 from .state import HeadState
 from .tokens import WeightedTokens
 
@@ -99,6 +100,11 @@ class LayerGroup:
             for layer in self.layers
         )
 
+    @property
+    def compacting(self) -> bool:
+        """Whether a compaction of the layers began and has not ended."""
+        return self.whole is not None and self.whole._compacting
+
     def compact(self, width: int | None = None) -> None:
         """Compact all layers in one call; `width` as for `ADMSLayer.compact`."""
         whole, first = self.whole, self.layers[0]
@@ -179,7 +185,7 @@ def group_layers(layers: list[ADMSLayer], size: int) -> None:
                 LayerGroup(alike[start : start + size])
 
 
-def plan_budgets(layers: list[ADMSLayer], size: int) -> None:
+def plan_budgets(layers: list[ADMSLayer], size: int, ranks: Ranks | None = None) -> None:
     """Share the model's budget between its layers by what each loses, and compact each to its own; see `controller.py`.
 
     Called when all layers are about to compact. It asks the device once for all of them, which is why it is done rarely.
@@ -187,9 +193,11 @@ def plan_budgets(layers: list[ADMSLayer], size: int) -> None:
     Args:
         layers: the model's layers of full attention, at the same point of the stream.
         size: layers of equal budget to put into one group, from now on.
+        ranks: the processes the heads are spread over, which all plan now; None where each has all heads.
     """
     config = layers[0].config
-    lost = torch.stack([1.0 - layer.controller.energy.cpu().double().mean(-1) for layer in layers], dim=-1)
+    lost = torch.stack([1.0 - layer.controller.energy.to(layers[0].device).double().mean(-1) for layer in layers], dim=-1)
+    lost = (lost if ranks is None else ranks.mean(lost)).cpu()
     budgets = layer_budgets(lost, config.compressed_budget)
     widest, least = budgets.amax(0).tolist(), budgets.amin(0).tolist()
     others = config.sketch_budget + config.replay_budget

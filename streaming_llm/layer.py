@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from .autograd import unrecorded
 from .budgets import middle_variance, share_budget
 from .calibration import CalibrationState
 from .compressors import get_compressor
@@ -118,8 +119,9 @@ class ADMSLayer(CacheLayerMixin):
         "compressions",
         *COUNTS,
         "_unanswered",
+        "_cut",
     )
-    TRANSIENT = ("group", "overflow", "_waiting", "_bias", "_undo", "_saved", "_sealed", "_timing")
+    TRANSIENT = ("group", "overflow", "_waiting", "_compacting", "_bias", "_undo", "_saved", "_sealed", "_timing")
 
     def __init__(self, config: ADMSConfig, wired: bool = False):
         super().__init__()
@@ -174,6 +176,8 @@ class ADMSLayer(CacheLayerMixin):
         self._undo: tuple[int, int, int, int] | None = None
         self._saved: dict[str, torch.Tensor] | None = None
         self._sealed = False
+        self._compacting = False
+        self._cut = False
         self._timing = False
 
     # -- what transformers asks ------------------------------------------------------------------------------------------
@@ -184,8 +188,8 @@ class ADMSLayer(CacheLayerMixin):
         return None if self.buffer is None else self.buffer.keys[:, :, : self.length]
 
     @keys.setter
-    def keys(self, _: object) -> None:
-        pass  # CacheLayerMixin.__init__ assigns None
+    def keys(self, states: torch.Tensor | None) -> None:
+        self._assign("keys", states)
 
     @property
     def values(self) -> torch.Tensor | None:
@@ -193,8 +197,21 @@ class ADMSLayer(CacheLayerMixin):
         return None if self.buffer is None else self.buffer.values[:, :, : self.length]
 
     @values.setter
-    def values(self, _: object) -> None:
-        pass
+    def values(self, states: torch.Tensor | None) -> None:
+        self._assign("values", states)
+
+    def _assign(self, name: str, states: torch.Tensor | None) -> None:
+        # CacheLayerMixin.__init__ assigns None; kvpress's pipeline takes an answer back by assigning what came before it.
+        if states is None:
+            return
+        own = getattr(self, name)
+        first = own is not None and states.data_ptr() == own.data_ptr() and states.stride() == own.stride()
+        if not first or states.shape[2] > own.shape[2]:
+            raise ValueError(f"{name} can't be assigned to: the cache decides itself what to keep, and knows its log-mass")
+        if self.compacted:
+            self._cut = True
+        elif states.shape[2] < self.length:
+            self.crop(states.shape[2] - self.length)
 
     @property
     def held(self) -> WeightedTokens:
@@ -306,6 +323,20 @@ class ADMSLayer(CacheLayerMixin):
             ValueError: a batch, head count or dimension other than the tokens held have; nothing has changed.
             RuntimeError: the model this cache was enabled on no longer shows its queries; nothing has changed.
         """
+        with unrecorded():
+            keys, values = self._append(key_states, value_states, arrival)
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            # What is kept is cut off from autograd and written in place later. Gradients reach the pass's own tokens only:
+            # through copies.
+            keys, values = self._with_new(keys, key_states), self._with_new(values, value_states)
+        if self.wired:
+            self._unanswered = True
+            keys.adms_layer = self
+        return keys, values
+
+    def _append(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, arrival: Arrival | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self._check(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -329,14 +360,11 @@ class ADMSLayer(CacheLayerMixin):
             if not self.wired:
                 keys, values = keys.clone(), values.clone()
                 self.compact()
-        return self._shown(keys), values
+        return keys, values
 
-    def _shown(self, keys: torch.Tensor) -> torch.Tensor:
-        """The keys an attention function gets, marked as this layer's where it will show its queries."""
-        if self.wired:
-            self._unanswered = True
-            keys.adms_layer = self
-        return keys
+    def _with_new(self, held: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """What is attended to, with the new tokens' states themselves where it has copies of them."""
+        return torch.cat([held[:, :, : held.shape[2] - states.shape[2]], states.to(held.dtype)], dim=2)
 
     def make_room(self, new: int) -> None:
         """Compact, with all layers of the group, where `new` more tokens would not fit; what is unsettled is settled first.
@@ -351,6 +379,12 @@ class ADMSLayer(CacheLayerMixin):
                 self.compact()
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        if self._cut:
+            raise RuntimeError(
+                "the newest tokens were to be removed by assigning keys, but tokens were compacted already: the cache "
+                "can't go on. Ask one question with a cache (a copy.deepcopy of one that read the text will do), or call "
+                "cache.reset()"
+            )
         too_many = self.length + key_states.shape[2] > self.capacity
         if self._unanswered and (self.compacted or too_many):
             raise RuntimeError(
@@ -379,6 +413,7 @@ class ADMSLayer(CacheLayerMixin):
         """True while nothing was compacted and nothing padded: attention is then the model's own, to the bit."""
         return not self.compacted
 
+    @unrecorded()
     def attention_bias(self, new: int, groups: int, dtype: torch.dtype) -> torch.Tensor:
         """Log-mass, causality among the new tokens and padding as one additive mask.
 
@@ -406,6 +441,7 @@ class ADMSLayer(CacheLayerMixin):
         hidden = torch.ones(new, new, dtype=torch.bool, device=bias.device).triu(1)
         return torch.cat([bias[..., : tokens - new], bias[..., tokens - new :].masked_fill(hidden, lowest)], dim=-1)
 
+    @unrecorded()
     def observe(self, query: torch.Tensor, scale: float, softcap: float | None = None) -> None:
         """Take note of the queries that attended to what `update` returned, then compact if that was too much.
 
@@ -535,13 +571,14 @@ class ADMSLayer(CacheLayerMixin):
 
     # -- compaction ------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @unrecorded()
     def compact(self, width: int | None = None) -> None:
         """Reduce the middle to its budget; sinks and recent window stay. Nothing happens while the middle fits.
 
         Args:
             width: slots the middle has from now on, where budgets move between layers; None for as many as now.
         """
+        self._compacting = True
         with self._timed():
             source = self.overflow
             if source is None:
@@ -586,6 +623,7 @@ class ADMSLayer(CacheLayerMixin):
             needed = self.config.attention_window if self.compressor.needs_queries else 0
             if self.query_buffer is not None:
                 self._keep_queries(needed)
+        self._compacting = False
 
     def _output_before(self, source: WeightedTokens) -> tuple[Queries, torch.Tensor, torch.Tensor] | None:
         """For the controller, where this compaction is measured: queries, their output, the middle's attention mass."""
@@ -730,7 +768,7 @@ class ADMSLayer(CacheLayerMixin):
 
     # -- positions ---------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @unrecorded()
     def move_window(self, shift: torch.Tensor) -> None:
         """Move each row's tokens `shift [batch]` positions back (0: not at all), in place.
 
@@ -786,10 +824,14 @@ class ADMSLayer(CacheLayerMixin):
 
     # -- rows and ends ---------------------------------------------------------------------------------------------------
 
+    @unrecorded()
     def roll_back(self) -> bool:
-        """Take back the last `update`, as if it had never been; False where it was compacted already and can't be."""
+        """Take back the last `update`, as if it had never been; False where it can't be: it was compacted already, or the
+        failure came in the middle of a compaction."""
         self._unanswered = False
         self._waiting = None
+        if self._compacting or (self.group is not None and self.group.compacting):
+            return False
         if self._undo is None:
             return True
         if self._sealed:
@@ -817,6 +859,7 @@ class ADMSLayer(CacheLayerMixin):
         """The forward pass is over: what it appended stays."""
         self._undo = self._saved = None
 
+    @unrecorded()
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens (a negative number, as transformers passes it; 0 settles the rest).
 
@@ -869,6 +912,7 @@ class ADMSLayer(CacheLayerMixin):
         """Forget everything, as a new layer."""
         self._forget()
 
+    @unrecorded()
     def _map_rows(self, function) -> None:
         if not self.is_initialized:
             return

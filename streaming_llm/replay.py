@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .autograd import unrecorded
 from .compressors.low_rank import leading_subspace
 from .config import REPLAY_BANK
 from .dual_fidelity import as_batch, as_positions, check_head
@@ -134,6 +135,7 @@ class ReplayMixin:
         at = index[0, 0][picked[0, 0]].flip(0)
         return {"keys": bank.keys[0, 0][at], "values": bank.values[0, 0][at], "positions": bank.pos[0, 0][at]}
 
+    @unrecorded()
     def _update_replay_bank(self, layer_idx: int, head_idx: int, middle_k, middle_v, middle_positions) -> None:
         """Put a head's tokens `[tokens, head_dim]` into its bank; the oldest leave beyond `4 * replay_budget`."""
         check_head(middle_k=middle_k, middle_v=middle_v)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .autograd import unrecorded
 from .layer import COUNTS, ADMSLayer, Arrival
 from .tokens import RECENT, WeightedTokens, concatenate
 
@@ -249,13 +250,15 @@ class PaddedLayer(ADMSLayer):
             if cohort.part.will_compact(counts[cohort.rows[0]]):
                 if not self.aligned:
                     self.align()
+                self._compacting = True
                 self.lend(cohort).compact()
                 self.give_back(cohort)
+                self._compacting = False
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, arrival: Arrival | None = None, **kwargs
+    def _append(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, arrival: Arrival | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append new tokens, padding excepted, and return all keys and values to attend to; see `ADMSLayer.update`."""
+        """Append new tokens, padding excepted; see `ADMSLayer.update`."""
         self._check(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -307,9 +310,17 @@ class PaddedLayer(ADMSLayer):
         if self.aligned:
             self.length = max(part.length for part, _ in parts)
         held = self.overflow
-        if held is None:
-            return self._shown(self.keys), self.values
-        return self._shown(held.keys), held.values
+        return (self.keys, self.values) if held is None else (held.keys, held.values)
+
+    def _with_new(self, held: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        if not self.aligned or self.overflow is not None:
+            return super()._with_new(held, states)
+        # One more slot, which is dropped again, is where padding goes.
+        length = held.shape[2]
+        at = torch.where(self._new_real, self._starts[:, None] + self._new_real.cumsum(-1) - 1, length)
+        wider = torch.nn.functional.pad(held, (0, 0, 0, 1))
+        at = at[:, None, :, None].expand(-1, held.shape[1], -1, held.shape[3])
+        return wider.scatter(2, at, states.to(held.dtype))[:, :, :length]
 
     def _scatter(
         self,
@@ -396,13 +407,14 @@ class PaddedLayer(ADMSLayer):
         self.overflow = None
         self._agree()
 
+    @unrecorded()
     def roll_back(self) -> bool:
         """Take back the last `update`; see `ADMSLayer.roll_back`."""
         self._unanswered = False
         self._waiting = None
         if self._undo is None:
             return True
-        if self._sealed:
+        if self._sealed or self._compacting:
             return False
         self.overflow = None
         self.length, self.seen, self.tail, self.offsets, self.query_offsets = self._undo
@@ -455,7 +467,7 @@ class PaddedLayer(ADMSLayer):
         """Whether there is NaN or infinity among what is held; see `ADMSLayer.newest_are_bad`."""
         return ~(self.keys.isfinite().all() & self.values.isfinite().all())
 
-    @torch.no_grad()
+    @unrecorded()
     def move_window(self, shift: torch.Tensor) -> None:
         """See `ADMSLayer.move_window`."""
         if not self.is_initialized:

@@ -53,8 +53,11 @@ class SessionMixin:
         "model_facts",
         "window",
         "ropes",
+        "ranks",
         "_arrival",
         "_followed",
+        "_before",
+        "_room",
         "_told_unwired",
         "_profile",
     )
