@@ -381,9 +381,8 @@ class ADMSLayer(CacheLayerMixin):
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         if self._cut:
             raise RuntimeError(
-                "the newest tokens were to be removed by assigning keys, but tokens were compacted already: the cache "
-                "can't go on. Ask one question with a cache (a copy.deepcopy of one that read the text will do), or call "
-                "cache.reset()"
+                "the newest tokens were to be removed by assigning keys, but tokens were compacted already: the cache can't "
+                "go on. Ask one question with a cache (a copy.deepcopy of one that read the text), or call cache.reset()"
             )
         too_many = self.length + key_states.shape[2] > self.capacity
         if self._unanswered and (self.compacted or too_many):
@@ -418,9 +417,10 @@ class ADMSLayer(CacheLayerMixin):
         """Log-mass, causality among the new tokens and padding as one additive mask.
 
         Returns:
-            `[batch, kv_heads * groups, new, tokens]` in `dtype`; the smallest number where nothing is to be seen.
+            `[batch, kv_heads * groups, new, tokens]` in `dtype`; half the smallest number where nothing is to be seen.
         """
-        lowest = torch.finfo(dtype).min
+        # Half: with a negative logit the smallest float16 overflows, and a row of padding that sees nothing becomes NaN.
+        lowest = torch.finfo(dtype).min / 2
 
         def row(beta: torch.Tensor) -> torch.Tensor:
             batch, heads, tokens = beta.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -12,10 +13,11 @@ from pathlib import Path
 import parallel_run
 import pytest
 import torch
-from conftest import make_tiny_llama, stream, token_ids
-from transformers import AutoModelForCausalLM
+from conftest import make_tiny_llama, random_queries, random_states, stream, token_ids
+from transformers import AutoModelForCausalLM, DynamicCache
 
-from streaming_llm import ADMSConfig, enable_adms_llm
+from streaming_llm import ADMSConfig, ADMSLayer, enable_adms_llm
+from streaming_llm.layer import STATES, Arrival
 
 SMALL, PLUS = parallel_run.SMALL, parallel_run.PLUS
 
@@ -78,28 +80,52 @@ def test_each_layers_state_lives_with_its_layer(config):
         assert {tensor.device.type for tensor in held} == {kind}
 
 
+@pytest.mark.parametrize("compressor", ["low_rank", "vq", "attention_matching"])
+@pytest.mark.parametrize("config", [ADMSConfig(**SMALL), PLUS], ids=["base", "adm++"])
+def test_all_a_layer_makes_is_on_the_device_of_its_keys(config, compressor):
+    # The meta device has no numbers, and refuses to mix with any other: what is made elsewhere shows at once.
+    config = dataclasses.replace(config, compressor_type=compressor)
+    layer = ADMSLayer(config, wired=True)
+    for tokens in [4] * 20 + [60] + [1] * 20:
+        keys, values = random_states(tokens, 2, dim=16)
+        arrival = Arrival(torch.arange(tokens)[None], torch.ones(2, tokens, dtype=torch.bool))
+        layer.update(keys.to("meta"), values.to("meta"), arrival=arrival)
+        assert layer.attention_bias(tokens, 2, torch.float32).device.type == "meta"
+        layer.observe(random_queries(tokens, 2, dim=16).to("meta"), 0.25)
+        layer.settle()
+    assert layer.rounds > 8
+    states = [getattr(layer, name) for name in STATES if getattr(layer, name) is not None]
+    tensors = [tensor for state in (layer.buffer, *states) for tensor in state.tensors().values()]
+    assert {tensor.device.type for tensor in (*tensors, layer.query_buffer)} == {"meta"}
+
+
 # -- quantised weights ---------------------------------------------------------------------------------------------------
 
 
-def quantised(backend: str):
-    """The tiny Llama with its weights quantised, or a skip where the backend is missing."""
+def chosen(backend: str):
+    """The quantisation config of a backend, or a skip where it is not installed."""
     import transformers
 
-    if importlib.util.find_spec(backend.replace("-", ".")) is None:
+    if importlib.util.find_spec({"optimum-quanto": "optimum"}.get(backend, backend)) is None:
         pytest.skip(f"{backend} is not installed")
-    model = make_tiny_llama()
     if backend == "torchao":
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        from torchao.quantization import Int8WeightOnlyConfig
 
-        quantize_(model, Int8WeightOnlyConfig())
-    elif backend == "optimum-quanto":
-        from optimum.quanto import freeze, qint8, quantize
+        return transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    if backend == "optimum-quanto":
+        return transformers.QuantoConfig(weights="int8")
+    return transformers.BitsAndBytesConfig(load_in_8bit=True)
 
-        quantize(model, weights=qint8)
-        freeze(model)
-    else:
-        chosen = transformers.BitsAndBytesConfig(load_in_8bit=True)
-        folder = Path(pytest.importorskip("tempfile").mkdtemp())
-        model.save_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=chosen, device_map="cpu")
-    return model.eval()
+
+@pytest.mark.parametrize("backend", ["torchao", "optimum-quanto", "bitsandbytes"])
+def test_quantised_weights_give_equal_logits_below_the_bound_and_finite_ones_past_it(backend, tmp_path):
+    quantization = chosen(backend)
+    make_tiny_llama().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization, device_map="cpu").eval()
+    weights = model.model.layers[0].self_attn.k_proj.weight
+    assert type(weights) is not torch.nn.Parameter
+    ids = token_ids(120)
+    expected = stream(model, ids[:, :30], DynamicCache(config=model.config), 5)
+    assert torch.equal(stream(model, ids[:, :30], enable_adms_llm(model, **SMALL), 5), expected)
+    cache = enable_adms_llm(model, PLUS)
+    assert stream(model, ids, cache, 5).isfinite().all() and cache.layers[0].compacted

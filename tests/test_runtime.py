@@ -7,11 +7,14 @@ import threading
 
 import pytest
 import torch
-from conftest import make_tiny_llama, stream, token_ids
+from conftest import make_tiny_llama, random_queries, random_states, stream, token_ids
 from test_families import make
 from transformers import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from streaming_llm import ADMSConfig, ADMSKVCache, ADMSLayer, disable_adms_llm, enable_adms_llm, enable_streaming_llm
+from streaming_llm.attention import register
+from streaming_llm.layer import Arrival
 
 SMALL = {
     "start_size": 2, "recent_size": 16, "compressed_budget": 12, "compression_interval": 8, "rank": 8,
@@ -288,6 +291,48 @@ def test_threads_that_enable_a_model_at_the_same_time_wire_it_once():
         assert len(decoder._forward_pre_hooks) == len(decoder._forward_hooks) == 1
         disable_adms_llm(model)
         assert not decoder._forward_pre_hooks and not decoder._forward_hooks
+
+
+# -- data types ----------------------------------------------------------------------------------------------------------
+
+
+HALVES = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("strength", [1.0, 30.0])
+def test_a_query_with_nothing_to_see_gives_finite_numbers(dtype, implementation, strength):
+    # A row that is padding only, past its compaction: every slot is unused, and logits are as low as they get.
+    layer = ADMSLayer(BASE, wired=True)
+    register()
+    attend = ALL_ATTENTION_FUNCTIONS[f"adms_{implementation}"]
+    attention = make("llama", implementation).model.layers[0].self_attn
+    for tokens in [8] * 8 + [1] * 4:
+        keys = torch.full((2, 2, tokens, 8), strength, dtype=dtype)
+        query = -torch.full((2, 4, tokens, 8), strength, dtype=dtype)
+        arrival = Arrival(real=torch.tensor([[False], [True]]).expand(2, tokens))
+        held, values = layer.update(keys, torch.ones_like(keys), arrival=arrival)
+        out, _ = attend(attention, query, held, values, None, scaling=8**-0.5, dropout=0.0)
+        layer.settle()
+        assert out.isfinite().all()
+        if layer.compacted:
+            torch.testing.assert_close(out[1], torch.ones_like(out[1]))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_log_mass_in_half_precision_is_as_good_as_the_type_allows(dtype):
+    layer = ADMSLayer(BASE, wired=True)
+    keys, values = random_states(60, 2)
+    for start in range(0, 60, 4):
+        part = slice(start, start + 4)
+        layer.update(keys[:, :, part].to(dtype), values[:, :, part].to(dtype))
+        layer.observe(random_queries(4, 2).to(dtype), 0.3)
+    beta = layer.held.beta
+    assert beta.gt(0.5).any()
+    bias = layer.attention_bias(1, 2, dtype)[:, ::2, 0].float()
+    finite = beta.isfinite()
+    assert ((bias - beta)[finite].abs() <= beta[finite].abs() * torch.finfo(dtype).eps).all()
 
 
 # -- failures in the middle of a pass ------------------------------------------------------------------------------------
