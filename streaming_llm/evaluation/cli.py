@@ -51,11 +51,7 @@ def build_parser(prog: str, description: str, methods: Sequence[str], output_dir
     parser = Parser(prog=prog, description=description, allow_abbrev=False)
     groups = {name: parser.add_argument_group(name) for name in _GROUPS}
 
-    add = groups["model"].add_argument
-    add("--model_name_or_path", metavar="NAME", help="hub name, local folder or .gguf file (SmolLM2-135M-Instruct)")
-    add("--dtype", default="float32", help="float32, bfloat16, float16 or auto (%(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
-    add("--seed", type=int, default=argparse.SUPPRESS, help="seed of torch's and the cache's random numbers (0)")
+    add_model_flags(groups["model"])
 
     add = groups["text"].add_argument
     add(
@@ -110,17 +106,31 @@ def build_parser(prog: str, description: str, methods: Sequence[str], output_dir
     add = groups["output"].add_argument
     add("--output_dir", default=output_dir, metavar="DIR", help="where results.json and the plot go (%(default)s)")
     add("--log_every", type=int, default=1024, metavar="N", help="print a line every N tokens; 0: never (%(default)s)")
-    add(
+    add_config_flag(groups["output"])
+
+    add_settings(parser)
+    return parser
+
+
+def add_model_flags(group: argparse._ArgumentGroup) -> None:
+    """The flags that say which model runs, on what, and with which seed."""
+    add = group.add_argument
+    add("--model_name_or_path", metavar="NAME", help="hub name, local folder or .gguf file (SmolLM2-135M-Instruct)")
+    add("--dtype", default="float32", help="float32, bfloat16, float16 or auto (%(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
+    add("--seed", type=int, default=argparse.SUPPRESS, help="seed of torch's and the cache's random numbers (0)")
+
+
+def add_config_flag(group: argparse._ArgumentGroup) -> None:
+    """The flag `parse_arguments` reads a file of flags from."""
+    group.add_argument(
         "--config",
         metavar="FILE",
         help="JSON object of these flags and settings by name; flags on the command line win over it",
     )
 
-    _add_settings(parser)
-    return parser
 
-
-def _add_settings(parser: Parser) -> None:
+def add_settings(parser: Parser) -> None:
     """One flag for every field of `ADMSConfig`, typed as the field is, and the documented --disable_* flags."""
     from streaming_llm import ADMSConfig
 
