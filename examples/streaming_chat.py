@@ -53,17 +53,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.exit_code(parser.prog, lambda: run(arguments))
 
 
-def run(arguments: argparse.Namespace) -> int:
-    import transformers
-
-    from streaming_llm.chat import Chat, check_answer_settings
-    from streaming_llm.evaluation import cache_factory, load_model, plan_methods, resolve_settings
+def checked(arguments: argparse.Namespace):
+    """The plan of the cache and the chat's settings. Raises `ValueError` for what is wrong with either."""
+    from streaming_llm.chat import check_answer_settings
+    from streaming_llm.evaluation import plan_methods, resolve_settings
     from streaming_llm.evaluation.cli import cache_settings
 
-    # All that can be wrong with the arguments is found before the weights are loaded.
     [plan] = plan_methods(["adms"], resolve_settings(cache_settings(arguments)))
     answers = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p")}
     check_answer_settings(**answers)
+    return plan, answers
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import transformers
+
+    from streaming_llm.chat import Chat
+    from streaming_llm.evaluation import cache_factory, load_model
+
+    # All that can be wrong with the arguments is found before the weights are loaded.
+    plan, answers = checked(arguments)
     script = None if arguments.script is None else read_script(arguments.script)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("streaming_llm").setLevel(arguments.log_level)

@@ -156,8 +156,8 @@ class Chat:
         last = turn.replace(_USER, _LAST)
         if whole != first + _ANSWER + turn + _ANSWER + last or turn.count(_USER) != 1:
             raise ValueError(
-                "the tokenizer's chat template can't be continued turn by turn: it changes what it said of earlier turns. "
-                "Give each turn the whole conversation instead, or set another chat_template"
+                "the tokenizer's chat template can't be continued turn by turn: what it renders of a conversation and "
+                "an answer does not begin what it renders of a longer one. Set another chat_template"
             )
         return len(self._tokens(turn.partition(_USER)[2])), next(iter(self._tokens(turn)), None)
 
@@ -188,7 +188,7 @@ class Chat:
 
     @torch.no_grad()
     def _feed(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Logits `[1, vocab]` after `tokens`. Where the pass fails, the cache is as it was, or says that it can't be used."""
+        """Logits `[1, vocab]` after `tokens`. Where the pass fails, the cache is as it was or says that it is broken."""
         ids = torch.tensor([tokens], device=self.model.device)
         try:
             # `generate` can't be used: given new tokens only, it wants a mask as long as the stream, or slices them.

@@ -349,6 +349,7 @@ def test_a_setting_out_of_range_is_refused(talk, options, message):
     [
         (None, {}, "has no chat template"),
         (CHATML.replace("<|im_end|>", "{% if loop.last %}!{% endif %}<|im_end|>"), {}, "can't be continued turn by turn"),
+        (CHATML.partition("{% if")[0], {}, "can't be continued turn by turn"),
         ("{{ messages | length }}" + CHATML, {}, "can't be continued turn by turn"),
         ("{{ messages[-1]['content'] }}" + CHATML, {}, "can't be continued turn by turn"),
         (
@@ -622,7 +623,7 @@ def test_a_saved_conversation_goes_on_in_a_new_process_with_the_same_answer(
     answer = capsys.readouterr().out.partition("> And?\n")[2]
     (tmp_path / "next.txt").write_text(f"/load {path}\nAnd?\n", encoding="utf-8")
     process = start([*arguments, *options, "--script", str(tmp_path / "next.txt")])
-    output = process.communicate(timeout=120)[0].decode()
+    output = process.communicate(timeout=300)[0].decode()
     assert process.returncode == 0
     assert len(answer.strip()) > 8
     assert output.partition("> And?\n")[2] == answer
