@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -30,14 +31,21 @@ def parser():
     return cli.build_parser("script.py", "", ("full", "streaming", "adms"), "results")
 
 
+def chat_script():
+    spec = importlib.util.spec_from_file_location("streaming_chat", ROOT / "examples" / "streaming_chat.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def model_types() -> str:
     return ", ".join(f"`{name}`" for name in SUPPORTED_MODEL_TYPES)
 
 
-def flag_table() -> str:
+def flag_table(flags) -> str:
     """The flags that are no settings, as a Markdown table made of the parser's own help."""
     rows = ["| flag | meaning (default) |", "|---|---|"]
-    for name, action in parser().flags().items():
+    for name, action in flags.items():
         if name not in ADMSConfig.setting_names():
             default = "an empty line" if name == "sep" else action.default
             meaning = (action.help % {"default": default}).replace("|", "\\|")
@@ -52,9 +60,17 @@ LONG = {
     "examples/soak.py": (soak, soak.checked_plan),
 }
 
+
+def chat_flags():
+    """The chat's flags, less those that say of a module that it is off, which are the other scripts' too."""
+    flags = chat_script().build_parser().flags()
+    return {name: action for name, action in flags.items() if not name.startswith("disable_")}
+
+
 MADE_FROM_CODE = {
     ("README.md", "model types"): model_types,
-    ("QUICKSTART.md", "flags"): lambda: f"\n{flag_table()}\n",
+    ("QUICKSTART.md", "flags"): lambda: f"\n{flag_table(parser().flags())}\n",
+    ("QUICKSTART.md", "chat flags"): lambda: f"\n{flag_table(chat_flags())}\n",
     ("QUICKSTART.md", "settings"): lambda: f"\n{ADMSConfig.describe()}\n",
 }
 
@@ -116,7 +132,7 @@ def test_what_is_made_from_the_code_is_what_the_code_says(document, part):
 def test_every_flag_in_the_documents_exists():
     flags = parser().flags()
     others = (ablation, long_stream, passkey, soak)
-    allowed = {*flags, *(f"no-{name}" for name in flags), "help"}
+    allowed = {*flags, *(f"no-{name}" for name in flags), *chat_flags(), "help"}
     allowed |= {name for module in others for name in module.build_parser().flags()}
     for document in DOCUMENTS:
         lines = [line for line in read(document).splitlines() if "pip " not in line]
@@ -138,6 +154,8 @@ def test_every_example_in_the_documents_can_be_called_as_it_is_written():
         elif script in LONG:
             module, check = LONG[script]
             check(cli.parse_arguments(module.build_parser(), argv))
+        elif script == "examples/streaming_chat.py":
+            chat_script().checked(cli.parse_arguments(chat_script().build_parser(), argv))
         else:
             arguments = cli.parse_arguments(parser(), argv)
             plan_methods(arguments.methods, resolve_settings(cli.cache_settings(arguments)))
@@ -192,6 +210,7 @@ def run_snippets(tiny_model_folder, monkeypatch, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}assistant: {% endif %}"
     monkeypatch.setattr("streaming_llm.evaluation.load_model", lambda: (model, tokenizer))
     monkeypatch.chdir(tmp_path)
 
@@ -235,6 +254,7 @@ def test_the_quickstart_runs(run_snippets, capsys):
     assert "4000 tokens seen" in output
     assert len(names["messages"]) == 4
     assert "True 620\n" in output  # the kept conversation goes on to the bit
+    assert names["chat"].cache.get_seq_length() > 64
     stream(names["model"], token_ids(700), names["cache"], chunk=32)
     assert names["cache"].layers[0].compressions > 0
 

@@ -136,7 +136,12 @@ def add_output_flags(group: argparse._ArgumentGroup, output_dir: str) -> None:
     add = group.add_argument
     add("--output_dir", default=output_dir, metavar="DIR", help="where results.json and the plot go (%(default)s)")
     add("--log_every", type=int, default=1024, metavar="N", help="print a line every N tokens; 0: never (%(default)s)")
-    add(
+    add_config_flag(group)
+
+
+def add_config_flag(group: argparse._ArgumentGroup) -> None:
+    """The flag `parse_arguments` reads a file of flags from."""
+    group.add_argument(
         "--config",
         metavar="FILE",
         help="JSON object of these flags and settings by name; flags on the command line win over it",

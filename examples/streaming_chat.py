@@ -1,0 +1,213 @@
+"""Chat in the terminal for as long as you like: the cache is bounded, and each turn gives the model its new tokens only.
+
+With no argument: SmolLM2-135M-Instruct and ADM++. `/help` lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.
+"""
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+HELP = """\
+/stats       what the cache holds: tokens by tier, bytes, counters
+/save PATH   write the conversation to a file
+/load PATH   go on with a conversation that was saved, in place of this one
+/reset       forget everything said
+/help        this list
+/quit        leave (so does Ctrl-D)
+Ctrl-C stops an answer; what was said of it stays in the conversation."""
+ENDINGS = {"stopped": "(stopped)", "length": "(cut: max_new_tokens)"}
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+MOST_HISTORY = 1000
+
+
+def build_parser() -> argparse.ArgumentParser:
+    from streaming_llm.evaluation import cli
+
+    parser = cli.Parser(
+        prog="streaming_chat.py",
+        description="Chat in the terminal, in bounded memory however long it gets.",
+        allow_abbrev=False,
+    )
+    cli.add_model_flags(parser.add_argument_group("model"))
+    group = parser.add_argument_group("chat")
+    add = group.add_argument
+    add("--system", metavar="TEXT", help="system message (that of the model's chat template)")
+    add("--max_new_tokens", type=int, default=512, metavar="N", help="most tokens of an answer (%(default)s)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="of the sampling; 0: the likeliest token (%(default)s)")
+    add("--top_p", type=float, default=1.0, metavar="P", help="sample from this much probability (%(default)s: all)")
+    add("--script", metavar="FILE", help="take the turns from a file, one a line; # begins a comment (the terminal)")
+    add("--log_level", choices=LEVELS, default="WARNING", help="what is logged; INFO: the cache's state (%(default)s)")
+    cli.add_config_flag(group)
+    cli.add_settings(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    from streaming_llm.evaluation import cli
+
+    parser = build_parser()
+    arguments = cli.parse_arguments(parser, sys.argv[1:] if argv is None else argv)
+    return cli.exit_code(parser.prog, lambda: run(arguments))
+
+
+def checked(arguments: argparse.Namespace):
+    """The plan of the cache and the chat's settings. Raises `ValueError` for what is wrong with either."""
+    from streaming_llm.chat import check_answer_settings
+    from streaming_llm.evaluation import plan_methods, resolve_settings
+    from streaming_llm.evaluation.cli import cache_settings
+
+    [plan] = plan_methods(["adms"], resolve_settings(cache_settings(arguments)))
+    answers = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p")}
+    check_answer_settings(**answers)
+    return plan, answers
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import transformers
+
+    from streaming_llm.chat import Chat
+    from streaming_llm.evaluation import cache_factory, load_model
+
+    # All that can be wrong with the arguments is found before the weights are loaded.
+    plan, answers = checked(arguments)
+    script = None if arguments.script is None else read_script(arguments.script)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("streaming_llm").setLevel(arguments.log_level)
+    logging.getLogger("streaming_llm.evaluation").setLevel(min(logging.INFO, logging.getLevelName(arguments.log_level)))
+    transformers.utils.logging.disable_progress_bar()
+    model, tokenizer = load_model(arguments.model_name_or_path, arguments.dtype, arguments.device)
+    seed = getattr(arguments, "seed", 0)
+    chat = Chat(model, tokenizer, cache_factory(model, plan)(), system=arguments.system, seed=seed, **answers)
+    if script is None:
+        return converse(chat)
+    follow(chat, script)
+    return 0
+
+
+def read_script(path: str) -> list[str]:
+    """The turns and commands in a file, without comments and empty lines."""
+    from streaming_llm.evaluation import EvaluationError
+
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"can't read --script {path}: {getattr(error, 'strerror', None) or error}") from error
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+def follow(chat, lines: Iterable[str]) -> None:
+    """Say the lines of a script; the first that goes wrong ends it."""
+    for line in lines:
+        print(f"> {line}", flush=True)
+        if is_quit(line):
+            return
+        take(chat, line)
+
+
+def converse(chat) -> int:
+    """Talk with whoever is at the terminal, until the end of the input, /quit, or Ctrl-C twice at the prompt."""
+    config = chat.cache.config
+    print(f"At most {config.expected_max_tokens:,} tokens a head are held. /help lists the commands, Ctrl-D leaves.")
+    read = line_reader()
+    leaving = False
+    while True:
+        try:
+            line = read()
+            leaving = False
+            if is_quit(line):
+                return 0
+            if line.strip():
+                take(chat, line, interruptible=True)
+        except EOFError:
+            print()
+            return 0
+        except KeyboardInterrupt:
+            print()
+            if leaving:
+                return 0
+            leaving = True
+            print("(Ctrl-C again or Ctrl-D leaves)")
+        except (OSError, RuntimeError, ValueError) as error:
+            print(f"error: {error}")
+
+
+def line_reader() -> Callable[[], str]:
+    """A function that prompts for a line; with editing and a bounded history on a terminal, where Python has readline."""
+    if not sys.stdin.isatty():
+
+        def echoed() -> str:
+            line = input("> ")
+            print(line, flush=True)
+            return line
+
+        return echoed
+    try:
+        import readline
+    except ImportError:
+        return lambda: input("> ")
+    # A text of several lines that is pasted is one turn; Python turns this off by itself.
+    readline.parse_and_bind("set enable-bracketed-paste on")
+
+    def edited() -> str:
+        while readline.get_current_history_length() > MOST_HISTORY:
+            readline.remove_history_item(0)
+        return input("> ")
+
+    return edited
+
+
+def is_quit(line: str) -> bool:
+    return line.split()[:1] == ["/quit"]
+
+
+def take(chat, line: str, interruptible: bool = False) -> None:
+    """Obey a command, or say a turn and print the answer as it comes. Raises what went wrong."""
+    if line.startswith("/"):
+        print(obey(chat, line), flush=True)
+        return
+    if interruptible:
+        # Not KeyboardInterrupt: that could strike in the middle of a compaction.
+        before = signal.signal(signal.SIGINT, lambda *_: chat.stop())
+    try:
+        for piece in chat.say(line):
+            print(piece, end="", flush=True)
+    finally:
+        if interruptible:
+            signal.signal(signal.SIGINT, before)
+        print(flush=True)
+    if chat.ending in ENDINGS:
+        print(ENDINGS[chat.ending], flush=True)
+
+
+def obey(chat, line: str) -> str:
+    """Carry out a command; what there is to say of it."""
+    from streaming_llm.evaluation import EvaluationError
+
+    name, _, path = (part.strip() for part in line.partition(" "))
+    if name in ("/save", "/load"):
+        if not path:
+            raise ValueError(f"{name} needs a path")
+        action, done = (chat.save, "saved to") if name == "/save" else (chat.load, "going on with")
+        try:
+            action(Path(path).expanduser())
+        except (OSError, RuntimeError, ValueError) as error:
+            raise EvaluationError(f"{name} {path}: {error}") from error
+        return f"{done} {path}: {chat.cache.get_seq_length():,} tokens"
+    if name == "/stats":
+        return chat.stats()
+    if name == "/reset":
+        chat.reset()
+        return "everything said is forgotten"
+    if name == "/help":
+        return HELP
+    raise ValueError(f"unknown command {name}; /help lists them")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # while the libraries are still being imported; `main` handles the rest
+        sys.exit(130)

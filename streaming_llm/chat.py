@@ -1,0 +1,293 @@
+"""A conversation that never ends: each turn gives the model its new tokens only, the bounded cache is all it remembers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+from jinja2 import TemplateError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TemperatureLogitsWarper, TopPLogitsWarper
+
+from .cache import ADMSKVCache
+from .layer import ADMSLayer
+from .tokens import EXACT, PRECISION, RECENT, REPLAY, SINK, SKETCH, TIER_NAMES
+
+# Stand-ins for what was said, by which the template's own text between two turns is found.
+_USER, _ANSWER, _LAST = "(what the user said)", "(what the model answered)", "(what the user said last)"
+
+
+class Chat:
+    """A conversation of one user with a model, held by an `ADMSKVCache` and nothing else.
+
+    A token is given to the model before it is shown, so that what was shown is in the cache whatever interrupts an answer;
+    the token that ends it is given with the next turn. So the cache alone says where the conversation is, and a saved one
+    goes on in another process.
+
+    Args:
+        model: a causal language model, enabled by `enable_adms_llm`.
+        tokenizer: its tokenizer, with a chat template in which what is rendered of earlier turns stays as it was.
+        cache: the cache of this conversation, for one row; empty, or that of a conversation with the same template.
+        system: the system message; None for the template's own.
+        max_new_tokens: most tokens of an answer.
+        temperature: of the sampling; 0 takes the most likely token.
+        top_p: sample from the most likely tokens with this much probability together.
+        seed: of the sampling. An answer depends on it and on the conversation so far alone.
+
+    Attributes:
+        ending: why the last answer ended: "turn" (the model ended it), "length" (`max_new_tokens`) or "stopped".
+
+    Raises:
+        ValueError: a setting out of range, a tokenizer without a chat template, or a template that refuses the system
+            message or can't be continued turn by turn.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        cache: ADMSKVCache,
+        *,
+        system: str | None = None,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ):
+        check_answer_settings(max_new_tokens, temperature, top_p)
+        self.model, self.tokenizer, self.cache = model, tokenizer, cache
+        self.system = [] if system is None else [{"role": "system", "content": system}]
+        self.max_new_tokens, self.temperature, self.top_p, self.seed = max_new_tokens, temperature, top_p, seed
+        self._turn_end, end_of_turn = self._learn_template()
+        # What must come before anything else: the end of a turn that was cut while the model read it.
+        self._owed: list[int] = []
+        self._stopped = False
+        self.ending = ""
+        ends = model.generation_config.eos_token_id
+        ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
+        # The special token a template ends turns with is one too, where the model's own settings forget it.
+        known = tokenizer.added_tokens_decoder.get(end_of_turn)
+        self._ends = frozenset({*ends, end_of_turn} if known is not None and known.special else ends)
+        self._warpers = [TemperatureLogitsWarper(float(temperature))] if temperature not in (0, 1) else []
+        self._warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+
+    # -- turns -----------------------------------------------------------------------------------------------------------
+
+    def say(self, text: str) -> Iterator[str]:
+        """Give the model the user's turn and yield its answer in pieces of text, whole characters each.
+
+        The turn is read in chunks of `compression_interval` tokens, so that a long one needs no more memory. The iterator
+        may be left at any piece, and after any exception the conversation can go on: what was shown is in it. A turn that is
+        cut while the model reads it stays as far as it was read, with no answer; were it the first, it is forgotten.
+        """
+        self.ending = "stopped"
+        try:
+            logits = self._read(self._tokens(self._turn(text)))
+            if logits is None:
+                return
+            pieces = TextPieces(self.tokenizer)
+            # The state of the generator follows from the conversation: a saved one is sampled as it would have been.
+            generator = torch.Generator().manual_seed((1_000_003 * self.seed + self.cache.get_seq_length()) % 2**63)
+            for _ in range(self.max_new_tokens):
+                token = self._pick(logits, generator)
+                if self._stopped or token in self._ends:
+                    self.ending = "stopped" if self._stopped else "turn"
+                    break
+                logits = self._feed([token])
+                if piece := pieces.put(token):
+                    yield piece
+            else:
+                self.ending = "length"
+            if piece := pieces.end():
+                yield piece
+        finally:
+            self._stopped = False
+
+    def stop(self) -> None:
+        """End the answer that is being given (or about to be) after the forward pass under way; for signal handlers."""
+        self._stopped = True
+
+    def reset(self) -> None:
+        """Forget the conversation; the next turn is the first."""
+        self.cache.reset()
+        self._owed = []
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the conversation to `path`; see `ADMSKVCache.save`."""
+        self._read([])
+        self.cache.save(path)
+
+    def load(self, path: str | os.PathLike) -> None:
+        """Go on with the conversation in `path`, in place of this one, with the settings its cache was saved with.
+
+        Raises what `ADMSKVCache.load` raises; this conversation goes on then.
+        """
+        self.cache = ADMSKVCache.load(path, self.model)
+        self._owed = []
+
+    # -- the template ----------------------------------------------------------------------------------------------------
+
+    def _render(self, *said: str) -> str:
+        """The template of a conversation: what the user said, what the model answered, and so on."""
+        roles = ("user", "assistant")
+        messages = [{"role": roles[number % 2], "content": text} for number, text in enumerate(said)]
+        return self.tokenizer.apply_chat_template(self.system + messages, tokenize=False, add_generation_prompt=True)
+
+    def _turn(self, text: str) -> str:
+        """What the template adds to the conversation so far when the user says `text`, the end of the last answer first."""
+        if self.cache.get_seq_length() == 0:
+            return self._render(text)
+        return self._render(_USER, _ANSWER, text).partition(_ANSWER)[2]
+
+    def _learn_template(self) -> tuple[int, int | None]:
+        """How many tokens follow what the user said, and the first of those that follow an answer."""
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                f"tokenizer={type(self.tokenizer).__name__} has no chat template: take an instruct model, or set its "
+                "chat_template to what the model was trained with"
+            )
+        try:
+            first = self._render(_USER)
+            turn = self._render(_USER, _ANSWER, _USER).partition(_ANSWER)[2]
+            whole = self._render(_USER, _ANSWER, _USER, _ANSWER, _LAST)
+        except TemplateError as error:
+            content = repr(self.system[0]["content"]) if self.system else None
+            raise ValueError(f"system={content}: the chat template refuses such a conversation: {error}") from error
+        last = turn.replace(_USER, _LAST)
+        if whole != first + _ANSWER + turn + _ANSWER + last or turn.count(_USER) != 1:
+            raise ValueError(
+                "the tokenizer's chat template can't be continued turn by turn: what it renders of a conversation and "
+                "an answer does not begin what it renders of a longer one. Set another chat_template"
+            )
+        return len(self._tokens(turn.partition(_USER)[2])), next(iter(self._tokens(turn)), None)
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    # -- the model -------------------------------------------------------------------------------------------------------
+
+    def _read(self, turn: Sequence[int]) -> torch.Tensor | None:
+        """Logits `[1, vocab]` after a turn; None where it was stopped before its end."""
+        before, step = self.cache.get_seq_length(), self.cache.config.compression_interval
+        tokens, owed = [*self._owed, *turn], len(self._owed)
+        logits = None
+        try:
+            for start in range(0, len(tokens), step):
+                if self._stopped:
+                    return None
+                logits = self._feed(tokens[start : start + step])
+            return logits
+        finally:
+            read = self.cache.get_seq_length() - before
+            if before == 0 and read < len(tokens):
+                self.reset()
+            elif read <= owed:
+                self._owed = tokens[read:owed]
+            else:  # of a turn that is cut, the model has yet to be told that it ends
+                self._owed = tokens[max(read, len(tokens) - self._turn_end) :]
+
+    @torch.no_grad()
+    def _feed(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Logits `[1, vocab]` after `tokens`. Where the pass fails, the cache is as it was or says that it is broken."""
+        ids = torch.tensor([tokens], device=self.model.device)
+        try:
+            # `generate` can't be used: given new tokens only, it wants a mask as long as the stream, or slices them.
+            output = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        except BaseException:
+            # The cache's own hook is not called on KeyboardInterrupt, which torch does not count as an exception there.
+            self.cache.abort_forward()
+            raise
+        return output.logits[:, -1]
+
+    def _pick(self, logits: torch.Tensor, generator: torch.Generator) -> int:
+        if self.temperature == 0:
+            return int(logits.argmax(-1))
+        scores = logits.float().cpu()
+        for warper in self._warpers:
+            scores = warper(None, scores)
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
+
+    # -- what can be read ------------------------------------------------------------------------------------------------
+
+    def stats(self) -> str:
+        """Tokens seen and held, tokens by tier (of a head, on average), budgets, bytes by use and counters, in lines."""
+        from .evaluation.report import format_bytes
+
+        cache, config = self.cache, self.cache.config
+        tiers, stats = tokens_by_tier(cache), cache.stats
+        budgets = {
+            SINK: config.dynamic_start_size,
+            EXACT: config.compressed_budget,
+            PRECISION: "with exact",
+            SKETCH: config.sketch_budget,
+            REPLAY: config.replay_budget,
+            RECENT: f"{config.recent_size} and up to {config.compression_interval} new",
+        }
+        sizes = [f"{name} {format_bytes(size)}" for name, size in cache.memory_report().items() if size]
+        counts = [f"{name.removeprefix('total_').replace('_', ' ')} {count:,}" for name, count in stats.items()]
+        lines = [
+            f"tokens seen {cache.get_seq_length():,}; a head holds {cache.held_tokens:,}, "
+            f"never more than {config.expected_max_tokens:,}",
+            "tier       tokens  budget",
+            *(f"{TIER_NAMES[tier]:9} {tiers.get(tier, 0.0):7.1f}  {budget}" for tier, budget in budgets.items()),
+            f"memory {format_bytes(cache.nbytes)}: {', '.join(sizes) or 'nothing yet'}",
+            "totals over layers and heads:",
+            *("  " + ", ".join(counts[start : start + 4]) for start in range(0, len(counts), 4)),
+        ]
+        if not stats["total_compressions"]:
+            lines.insert(1, "(nothing was compacted yet: all are in the recent window)")
+        return "\n".join(lines)
+
+
+class TextPieces:
+    """Text of tokens that come one by one, in pieces of whole characters; together they are the text of all tokens at once.
+
+    A tokenizer may decode a token differently after another (leading spaces), and a character's bytes may be several tokens:
+    a piece is what a token adds to the text of those of the last piece, kept back while its last character is incomplete.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self._context: list[int] = []
+        self._new: list[int] = []
+
+    def _added(self) -> str:
+        def text(ids: list[int]) -> str:
+            return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+        return text(self._context + self._new)[len(text(self._context)) :]
+
+    def put(self, token: int) -> str:
+        """The text that is complete with `token`; empty while a character is not."""
+        self._new.append(token)
+        added = self._added()
+        return "" if added.endswith("\ufffd") else self._taken(added)
+
+    def end(self) -> str:
+        """The rest, whether complete or not."""
+        return self._taken(self._added())
+
+    def _taken(self, added: str) -> str:
+        if added:
+            self._context, self._new = self._new, []
+        return added
+
+
+def check_answer_settings(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Raise `ValueError` naming the first of `Chat`'s settings that is out of range."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature={temperature} must be at least 0 (0: the most likely token)")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be more than 0 and at most 1")
+
+
+def tokens_by_tier(cache: ADMSKVCache) -> dict[int, float]:
+    """Tokens of each tier that holds any, of a head on average over rows, heads and layers of full attention."""
+    held = [layer.held for layer in cache.layers if isinstance(layer, ADMSLayer) and layer.is_initialized]
+    if not held:
+        return {}
+    heads = sum(tokens.beta.shape[0] * tokens.beta.shape[1] for tokens in held)
+    counts = sum(torch.bincount(tokens.tier[tokens.valid].long(), minlength=len(TIER_NAMES) + 1).cpu() for tokens in held)
+    return {tier: int(counts[tier]) / heads for tier in TIER_NAMES if counts[tier]}
