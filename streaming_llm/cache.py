@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -86,6 +86,8 @@ class ADMSKVCache(DualFidelityMixin, ReplayMixin, CalibrationMixin, ControllerMi
         self._arrival: Arrival | None = None
         self._length_override: int | None = None
         self._told_unwired = False
+        # Set during a forward pass of a model whose attention is reached through the keys only (attention.AttendedKeys.of).
+        self.keys_as: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._profile = False
         self._hand_counts: dict[str, int] = {}
         self._variances: dict[int, dict[int, float]] = {}
@@ -112,7 +114,7 @@ class ADMSKVCache(DualFidelityMixin, ReplayMixin, CalibrationMixin, ControllerMi
         states = layer.update(key_states, value_states, arrival=self._arrival)
         if layer is self._last_full_layer():
             self._log_every_512(layer.seen, key_states.shape[2])
-        return states
+        return states if self.keys_as is None else (self.keys_as(states[0]), states[1])
 
     def _make_layers(self, layer_idx: int) -> None:
         while len(self.layers) <= layer_idx:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import logging
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
-from .attention import BASES, PREFIX, register
+from .attention import BASES, PREFIX, SDPA_ITSELF, AttendedKeys, register
 from .cache import ADMSKVCache
 from .config import ADMSConfig
 from .group import CPU_LAYERS
@@ -18,6 +19,7 @@ from .rope import Rope, rope_layers
 
 # Model types whose attention was tested with the cache (tests/test_families.py holds the list to its word).
 SUPPORTED_MODEL_TYPES = (
+    "falcon",
     "gemma2",
     "gemma3_text",
     "gpt2",
@@ -31,6 +33,9 @@ SUPPORTED_MODEL_TYPES = (
     "qwen3",
     "smollm3",
 )
+# Model types that have generate go on without the cache given, unseen, once a stream passes the config's
+# original_max_position_embeddings, whether or not their RoPE changes there.
+_CACHE_DROPPED = ("phi3",)
 _STATE = "_adms_wiring"
 
 logger = logging.getLogger("streaming_llm")
@@ -93,6 +98,7 @@ def disable_adms_llm(model: PreTrainedModel) -> None:
         return
     for handle in wiring["handles"]:
         handle.remove()
+    model.__dict__.pop("prepare_inputs_for_generation", None)
     if model.config._attn_implementation == PREFIX + wiring["base"]:
         model.set_attn_implementation(wiring["base"])
 
@@ -118,7 +124,22 @@ def _check_model(model: PreTrainedModel) -> str:
             f"attention implementation {implementation!r} has no place for log-mass; load the model with "
             f"attn_implementation='sdpa' or call model.set_attn_implementation('sdpa') (supported: {', '.join(BASES)})"
         )
+    if text.model_type in SDPA_ITSELF and base == "eager":
+        raise ValueError(
+            f"attention implementation 'eager' of model type {text.model_type!r} has no place for log-mass; load the model "
+            "with attn_implementation='sdpa' or call model.set_attn_implementation('sdpa')"
+        )
+    if getattr(text, "alibi", False):
+        raise ValueError(
+            f"model type {text.model_type!r} with alibi=True can't be enabled: its positions are numbers added to the logits "
+            "by index, which a compacted cache has not; use a checkpoint with RoPE (alibi=False)"
+        )
     return base
+
+
+def _implementation(model: PreTrainedModel, base: str) -> str:
+    """The name of the implementation a wired model has."""
+    return base if model.config.get_text_config().model_type in SDPA_ITSELF else PREFIX + base
 
 
 def _ropes(model: PreTrainedModel, config: ADMSConfig, explicit: bool) -> tuple[Rope, ...] | None:
@@ -147,16 +168,37 @@ def _layers_at_once(model: PreTrainedModel) -> int:
 
 def _wire(model: PreTrainedModel, base: str) -> None:
     if is_enabled(model):
-        if model.config._attn_implementation == PREFIX + base and model.__dict__[_STATE]["base"] == base:
+        if model.config._attn_implementation == _implementation(model, base) and model.__dict__[_STATE]["base"] == base:
             return
         # The user chose another implementation since: wrap that one.
         disable_adms_llm(model)
     register()
-    model.set_attn_implementation(PREFIX + base)
+    if _implementation(model, base) != base:
+        model.set_attn_implementation(PREFIX + base)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
     before = decoder.register_forward_pre_hook(_before_forward, with_kwargs=True)
     after = decoder.register_forward_hook(_after_forward, with_kwargs=True, always_call=True)
+    if model.config.model_type in _CACHE_DROPPED:
+        own = inspect.signature(model.prepare_inputs_for_generation)
+        model.prepare_inputs_for_generation = functools.partial(_prepare_inputs, model)
+        model.prepare_inputs_for_generation.__signature__ = own  # generate reads there what it may pass
     model.__dict__[_STATE] = {"base": base, "handles": (before, after)}
+
+
+def _prepare_inputs(model: PreTrainedModel, input_ids: torch.Tensor, *args, **kwargs) -> dict[str, Any]:
+    """The model's own `prepare_inputs_for_generation`, but an `ADMSKVCache` is never dropped."""
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, ADMSKVCache):
+        return type(model).prepare_inputs_for_generation(model, input_ids, *args, **kwargs)
+    original = getattr(model.config, "original_max_position_embeddings", None) or input_ids.shape[1]
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope" and 0 < cache.get_seq_length() <= original < input_ids.shape[1]:
+        logger.warning(
+            "the stream passes original_max_position_embeddings=%d, where LongRoPE turns keys by other frequencies: the keys "
+            "held keep theirs. For exact results read the whole text again with a new cache",
+            original,
+        )
+    return GenerationMixin.prepare_inputs_for_generation(model, input_ids, *args, **kwargs)
 
 
 def _arguments(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
@@ -173,6 +215,14 @@ def _before_forward(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
     tokens = given.get("input_ids")
     if tokens is None:
         tokens = given.get("inputs_embeds")
+    if given.get("use_cache") is False:
+        raise ValueError("use_cache=False contradicts past_key_values: generate would read the whole text anew at every step")
+    if tokens is not None and tokens.shape[1] == 0:
+        raise ValueError(
+            f"input_ids bring no new tokens: the cache has seen {cache.get_seq_length()}. generate takes input_ids as the "
+            "whole text so far, or as what is new where attention_mask is as long as the whole (transformers 5.3 or newer)"
+        )
+    cache.keys_as = AttendedKeys.of if module.config.model_type in SDPA_ITSELF else None
     if tokens is not None:
         cache.begin_forward(given.get("position_ids"), given.get("attention_mask"), tokens.shape[1])
 
@@ -181,6 +231,7 @@ def _after_forward(module: torch.nn.Module, args: tuple, kwargs: dict, output: A
     cache = _arguments(module, args, kwargs).get("past_key_values")
     if not isinstance(cache, ADMSKVCache):
         return
+    cache.keys_as = None
     if output is None:
         cache.abort_forward()
     else:

@@ -19,6 +19,9 @@ LLAMA_LIKE = {
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 # model type: (config class, model class, settings)
 FAMILIES = {
+    "falcon": ("FalconConfig", "FalconForCausalLM",
+               {"vocab_size": 128, "hidden_size": 32, "ffn_hidden_size": 48, "num_hidden_layers": 3,
+                "num_attention_heads": 4, "max_position_embeddings": 512, "pad_token_id": 0, "initializer_range": 0.2}),
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM",
                {**LLAMA_LIKE, "head_dim": 8, "sliding_window": 16, "layer_types": MIXED, "attn_logit_softcapping": 0.5}),
     "gemma3_text": ("Gemma3TextConfig", "Gemma3ForCausalLM",
@@ -40,12 +43,48 @@ FAMILIES = {
 }  # fmt: skip
 
 
-# What transformers lets the family use: Gemma 2 has eager attention only, for its soft-capping.
-BOTH = [(name, kind) for name in FAMILIES for kind in ("eager", "sdpa") if (name, kind) != ("gemma2", "sdpa")]
+def rope(rope_type: str, **parameters) -> dict:
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0, **parameters}}
+
+
+LONGROPE = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}
+# name: (model type, settings): RoPE types, partial and missing RoPE, other ways to lay out the heads, sliding layers.
+VARIANTS = {
+    "falcon, every head its own keys": ("falcon", {"multi_query": False}),
+    "falcon, new architecture": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "gemma3, linear in its full layers": ("gemma3_text", {"rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}),
+    "gpt_neox, all of the head": ("gpt_neox", {"rotary_pct": 1.0}),
+    "llama, default": ("llama", rope("default")),
+    "llama, dynamic": ("llama", rope("dynamic", factor=2.0)),
+    "llama, linear": ("llama", rope("linear", factor=4.0)),
+    "llama, llama3": ("llama", rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                                    original_max_position_embeddings=64)),
+    "llama, longrope": ("llama", rope("longrope", **LONGROPE, factor=2.0, original_max_position_embeddings=256)),
+    "llama, yarn": ("llama", rope("yarn", factor=8.0, original_max_position_embeddings=64)),
+    "phi3, half of the head": ("phi3", rope("default", partial_rotary_factor=0.5)),
+    "phi3, longrope": ("phi3", {**rope("longrope", **LONGROPE), "original_max_position_embeddings": 256}),
+    "qwen2, sliding and full": ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "layer_types": MIXED}),
+    "qwen3, yarn": ("qwen3", rope("yarn", factor=8.0, original_max_position_embeddings=64)),
+    "smollm3, a layer without RoPE": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
+}  # fmt: skip
+ALL = (*FAMILIES, *VARIANTS)
+
+# Gemma 2 has eager attention only, for its soft-capping; Falcon's eager attention has no place for log-mass.
+BOTH = [
+    (name, kind)
+    for name in FAMILIES
+    for kind in ("eager", "sdpa")
+    if (name, kind) not in (("gemma2", "sdpa"), ("falcon", "eager"))
+]
+EVERYTHING = [*BOTH, *((name, None) for name in VARIANTS)]
 
 
 def make(name: str, implementation: str | None = None, **chosen):
+    name, variant = VARIANTS.get(name, (name, {}))
     config_class, model_class, settings = FAMILIES[name]
+    chosen = {**variant, **chosen}
     config = getattr(transformers, config_class)(**{**settings, **chosen})
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
@@ -60,7 +99,7 @@ def test_every_family_of_the_list_is_tested_here():
     assert sorted(FAMILIES) == sorted(SUPPORTED_MODEL_TYPES)
 
 
-@pytest.mark.parametrize("name,implementation", BOTH)
+@pytest.mark.parametrize("name,implementation", EVERYTHING)
 def test_an_unfilled_cache_gives_logits_equal_to_the_bit(name, implementation):
     model, ids = make(name, implementation), token_ids(60, 2)
 
@@ -79,8 +118,10 @@ def test_an_unfilled_cache_gives_logits_equal_to_the_bit(name, implementation):
     assert torch.equal(run(DynamicCache(config=model.config)), expected)
 
 
-@pytest.mark.parametrize("name,implementation", BOTH)
-@pytest.mark.parametrize("compressor", ["low_rank", "attention_matching"])
+@pytest.mark.parametrize(
+    "name,implementation,compressor",
+    [*((*one, "low_rank") for one in EVERYTHING), *((*one, "attention_matching") for one in BOTH)],
+)
 def test_past_the_bound_logits_are_finite_and_the_cache_bounded(name, implementation, compressor):
     model = make(name, implementation)
     cache, ids = enable_adms_llm(model, **SMALL, compressor_type=compressor), token_ids(150, 2)
@@ -139,7 +180,7 @@ def test_gemma2s_soft_capping_is_honoured_in_the_scores():
 
 def test_unwired_caches_work_on_every_family():
     ids = token_ids(90)
-    for name in FAMILIES:
+    for name in ALL:
         model = make(name)
         cache = ADMSKVCache(enable_adms_llm(model, **SMALL).config, model_config=model.config)
         disable_adms_llm(model)
@@ -147,7 +188,7 @@ def test_unwired_caches_work_on_every_family():
         assert cache.held_tokens <= cache.config.expected_max_tokens
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL)
 def test_every_family_streams_with_all_four_modules(name):
     model = make(name)
     config = ADMSConfig.adm_plus_plus(**SMALL, sketch_budget=4, replay_budget=2, energy_replay_threshold=1.0)
