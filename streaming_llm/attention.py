@@ -86,9 +86,9 @@ class AttendedKeys(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            return cls._attention(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
+        if name == "scaled_dot_product_attention":
+            return cls._attention(func, *args, **kwargs)
         if name not in ("__get__", "size", "dim"):
             raise RuntimeError(
                 f"the model computes with the cache's keys itself ({name}), so their log-mass would be lost: use the 'sdpa' "
@@ -99,6 +99,7 @@ class AttendedKeys(torch.Tensor):
 
     @staticmethod
     def _attention(
+        kernel: Callable,
         query: torch.Tensor,
         key: AttendedKeys,
         value: torch.Tensor,
@@ -112,9 +113,7 @@ class AttendedKeys(torch.Tensor):
         mask = _mask(layer, query, key, attn_mask)
         # The log-mass says what is causal as well, and torch takes no mask beside is_causal.
         is_causal = is_causal and mask is attn_mask
-        result = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, **kwargs
-        )
+        result = kernel(query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, **kwargs)
         _show(layer, query, scale)
         return result
 

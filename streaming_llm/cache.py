@@ -171,8 +171,17 @@ class ADMSKVCache(DualFidelityMixin, ReplayMixin, CalibrationMixin, ControllerMi
             if bool(real.all()):
                 real = None
         self._arrival = Arrival(positions=positions, real=real)
+        self._end_recording()
         if self.config.enable_adaptive_controller and self.config.controller_scope == "model" and self.wired:
             self._plan_budgets(new)
+
+    def _end_recording(self) -> None:
+        """Bring sliding layers back to their window after assisted generation: transformers leaves them recording."""
+        for layer in self.layers:
+            # While it goes on, every forward pass is followed by a crop.
+            if getattr(layer, "record_past", False) and layer.is_initialized and layer.keys.shape[2] >= layer.sliding_window:
+                layer.crop(0)
+                layer.record_past = False
 
     def _plan_budgets(self, new: int) -> None:
         """Let layers trade budget, where a compaction is due and enough was measured since the last time."""

@@ -98,7 +98,8 @@ def disable_adms_llm(model: PreTrainedModel) -> None:
         return
     for handle in wiring["handles"]:
         handle.remove()
-    model.__dict__.pop("prepare_inputs_for_generation", None)
+    if wiring["prepares"]:
+        del model.prepare_inputs_for_generation
     if model.config._attn_implementation == PREFIX + wiring["base"]:
         model.set_attn_implementation(wiring["base"])
 
@@ -119,20 +120,20 @@ def _check_model(model: PreTrainedModel) -> str:
         )
     implementation = model.config._attn_implementation or "eager"
     base = implementation.removeprefix(PREFIX)
+    if text.model_type in SDPA_ITSELF and base != "sdpa":
+        raise ValueError(
+            f"attention implementation {implementation!r} of model type {text.model_type!r} has no place for log-mass; load "
+            "the model with attn_implementation='sdpa'"
+        )
     if base not in BASES:
         raise ValueError(
             f"attention implementation {implementation!r} has no place for log-mass; load the model with "
             f"attn_implementation='sdpa' or call model.set_attn_implementation('sdpa') (supported: {', '.join(BASES)})"
         )
-    if text.model_type in SDPA_ITSELF and base == "eager":
-        raise ValueError(
-            f"attention implementation 'eager' of model type {text.model_type!r} has no place for log-mass; load the model "
-            "with attn_implementation='sdpa' or call model.set_attn_implementation('sdpa')"
-        )
     if getattr(text, "alibi", False):
         raise ValueError(
-            f"model type {text.model_type!r} with alibi=True can't be enabled: its positions are numbers added to the logits "
-            "by index, which a compacted cache has not; use a checkpoint with RoPE (alibi=False)"
+            f"model type {text.model_type!r} with alibi=True can't be enabled: it counts distances by index in the cache, "
+            "which compaction changes; use a checkpoint with RoPE (alibi=False)"
         )
     return base
 
@@ -178,27 +179,36 @@ def _wire(model: PreTrainedModel, base: str) -> None:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
     before = decoder.register_forward_pre_hook(_before_forward, with_kwargs=True)
     after = decoder.register_forward_hook(_after_forward, with_kwargs=True, always_call=True)
-    if model.config.model_type in _CACHE_DROPPED:
-        own = inspect.signature(model.prepare_inputs_for_generation)
-        model.prepare_inputs_for_generation = functools.partial(_prepare_inputs, model)
-        model.prepare_inputs_for_generation.__signature__ = own  # generate reads there what it may pass
-    model.__dict__[_STATE] = {"base": base, "handles": (before, after)}
+    prepares = isinstance(model, GenerationMixin) and "prepare_inputs_for_generation" not in model.__dict__
+    if prepares:
+        prepare = functools.partial(_prepare_inputs, model)
+        prepare.__signature__ = inspect.signature(model.prepare_inputs_for_generation)  # generate reads what it may pass
+        model.prepare_inputs_for_generation = prepare
+    model.__dict__[_STATE] = {"base": base, "handles": (before, after), "prepares": prepares}
 
 
 def _prepare_inputs(model: PreTrainedModel, input_ids: torch.Tensor, *args, **kwargs) -> dict[str, Any]:
-    """The model's own `prepare_inputs_for_generation`, but an `ADMSKVCache` is never dropped."""
+    """The model's own `prepare_inputs_for_generation`, except where that loses sight of an `ADMSKVCache`."""
+    own = type(model).prepare_inputs_for_generation
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, ADMSKVCache):
-        return type(model).prepare_inputs_for_generation(model, input_ids, *args, **kwargs)
-    original = getattr(model.config, "original_max_position_embeddings", None) or input_ids.shape[1]
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope" and 0 < cache.get_seq_length() <= original < input_ids.shape[1]:
-        logger.warning(
-            "the stream passes original_max_position_embeddings=%d, where LongRoPE turns keys by other frequencies: the keys "
-            "held keep theirs. For exact results read the whole text again with a new cache",
-            original,
-        )
-    return GenerationMixin.prepare_inputs_for_generation(model, input_ids, *args, **kwargs)
+        return own(model, input_ids, *args, **kwargs)
+    seen, length = cache.get_seq_length(), input_ids.shape[1]
+    if kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length", 0) is None and 0 < seen < length:
+        # Assisted generation gives the whole text again to a cache that has seen most of it (transformers 5.23).
+        positions = kwargs.get("position_ids")
+        if positions is not None and positions.shape[-1] == length and not positions[..., 0].any():
+            kwargs["next_sequence_length"] = length - seen
+    if model.config.model_type in _CACHE_DROPPED:
+        original = getattr(model.config, "original_max_position_embeddings", None) or length
+        if model.config.rope_parameters["rope_type"] == "longrope" and 0 < seen <= original < length:
+            logger.warning(
+                "the stream passes original_max_position_embeddings=%d, where LongRoPE turns keys by other frequencies: the "
+                "keys held keep theirs. For exact results read the whole text again with a new cache",
+                original,
+            )
+        own = GenerationMixin.prepare_inputs_for_generation
+    return own(model, input_ids, *args, **kwargs)
 
 
 def _arguments(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
@@ -216,7 +226,9 @@ def _before_forward(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
     if tokens is None:
         tokens = given.get("inputs_embeds")
     if given.get("use_cache") is False:
-        raise ValueError("use_cache=False contradicts past_key_values: generate would read the whole text anew at every step")
+        raise ValueError(
+            "use_cache=False contradicts past_key_values: generate would read the whole text anew at every step"
+        )
     if tokens is not None and tokens.shape[1] == 0:
         raise ValueError(
             f"input_ids bring no new tokens: the cache has seen {cache.get_seq_length()}. generate takes input_ids as the "

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-# (mode of generate, model type): "pass", "refused: ..." or "FAILED", as tests/test_generate.py found it.
+# (mode of generate, model type): "pass", "refused: ...", "pending: ..." or "FAILED", as tests/test_generate.py found it.
 GENERATE_TABLE: dict[tuple[str, str], str] = {}
 
 
@@ -17,13 +17,13 @@ def pytest_terminal_summary(terminalreporter):
         return
     modes = list(dict.fromkeys(mode for mode, _ in GENERATE_TABLE))
     families = sorted({family for _, family in GENERATE_TABLE})
-    notes = list(dict.fromkeys(cell for cell in GENERATE_TABLE.values() if cell.startswith("refused")))
+    notes = list(dict.fromkeys(cell for cell in GENERATE_TABLE.values() if cell.startswith(("refused", "pending"))))
     terminalreporter.section("generate: mode x family")
     width = max(map(len, modes))
     terminalreporter.write_line(" " * width + "  " + "  ".join(families))
     for mode in modes:
         cells = (GENERATE_TABLE.get((mode, family), "-") for family in families)
-        cells = (f"refused {notes.index(cell) + 1}" if cell in notes else cell for cell in cells)
+        cells = (f"{cell[:7]} {notes.index(cell) + 1}" if cell in notes else cell for cell in cells)
         row = "  ".join(cell.ljust(len(family)) for cell, family in zip(cells, families, strict=True))
         terminalreporter.write_line(f"{mode.ljust(width)}  {row}".rstrip())
     for number, note in enumerate(notes, start=1):

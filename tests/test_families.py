@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -201,3 +203,82 @@ def test_every_family_streams_with_all_four_modules(name):
     assert stats["total_sketch_tokens"] and stats["total_replay_tokens"]
     full = [layer for layer in cache.layers if isinstance(layer, ADMSLayer)]
     assert (stats["total_calibrations"] > 0) == any(layer.rope is not None and layer.rope.rotates for layer in full)
+
+
+FALCONS = [name for name in ALL if name.startswith("falcon")]
+
+
+@pytest.mark.parametrize("name", FALCONS)
+def test_falcon_keeps_its_implementation_and_its_memory_is_planned(name):
+    model = make(name)
+    cache = enable_adms_llm(model, **SMALL)
+    assert model.config._attn_implementation == "sdpa"
+    stream(model, token_ids(150, 2), cache, 7)
+    assert cache.nbytes == cache.config.memory_bytes(model.config, batch_size=2)
+    assert cache.keys_as is None and type(cache.layers[0].keys) is torch.Tensor
+    heads = {"falcon": 1}.get(name, 4)
+    assert cache.layers[0].keys.shape[1] == heads
+    disable_adms_llm(model)
+    with pytest.raises(RuntimeError, match="enable_adms_llm"):
+        stream(model, token_ids(8, 2), cache, 4)
+
+
+def test_falcon_whose_attention_log_mass_cannot_reach_is_refused_by_name():
+    with pytest.raises(ValueError, match="'eager'.*'falcon'.*attn_implementation='sdpa'"):
+        enable_adms_llm(make("falcon", attn_implementation="eager"), rank=8)
+    with pytest.raises(ValueError, match="'falcon' with alibi=True.*RoPE"):
+        enable_adms_llm(make("falcon", alibi=True), rank=8)
+    model, ids = make("falcon"), token_ids(30)
+    cache = enable_adms_llm(model, **SMALL)
+    with pytest.raises(RuntimeError, match="output_attentions=False"), torch.no_grad():
+        model(ids, past_key_values=cache, output_attentions=True)
+    expected = stream(model, ids, enable_adms_llm(model, **SMALL), 5)
+    assert torch.equal(stream(model, ids, cache, 5), expected)
+
+
+@pytest.mark.parametrize("rope_type", ["default", "longrope"])
+def test_phi3_keeps_the_cache_past_the_length_where_it_would_drop_it(rope_type, caplog):
+    settings = {"default": rope("default"), "longrope": rope("longrope", **LONGROPE)}[rope_type]
+    model = make("phi3", original_max_position_embeddings=40, **settings)
+    model.generation_config.eos_token_id = None
+    ids = token_ids(30)
+    cache = enable_adms_llm(model, rank=8)
+    # As a loop by hand: generate itself would go on with a new cache.
+    said = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=30)
+    assert cache.get_seq_length() == 59
+    assert ("LongRoPE" in caplog.text) == (rope_type == "longrope")
+    other = DynamicCache(config=model.config)
+    logits = [stream(model, said[:, :30], other, 30)[:, -1:], stream(model, said[:, 30:-1], other, 1)]
+    assert torch.equal(torch.cat(logits, dim=1).argmax(-1), said[:, 30:])
+    # A prompt longer than that.
+    ids, cache = token_ids(60), enable_adms_llm(model, rank=8)
+    model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=4)
+    assert cache.get_seq_length() == 63
+    assert caplog.text.count("LongRoPE") == (rope_type == "longrope")
+    model_of_its_own = copy.deepcopy(model)
+    assert model_of_its_own.prepare_inputs_for_generation.args[0] is model_of_its_own
+    disable_adms_llm(model)
+    assert "prepare_inputs_for_generation" not in model.__dict__
+
+
+UNSUPPORTED = {
+    "encoder and decoder": ("T5Config", "T5ForConditionalGeneration",
+                            {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 32}),
+    "multi-head latent attention": ("DeepseekV3Config", "DeepseekV3ForCausalLM",
+                                    {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+                                     "num_attention_heads": 2, "num_key_value_heads": 2, "n_routed_experts": 2,
+                                     "moe_intermediate_size": 8, "first_k_dense_replace": 1, "q_lora_rank": 8,
+                                     "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+                                     "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}),
+    "state space": ("MambaConfig", "MambaForCausalLM", {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_has_no_keys_to_compact_is_refused_by_name_before_anything_changes(name):
+    config_class, model_class, settings = UNSUPPORTED[name]
+    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**settings))
+    before = set(model.__dict__)
+    with pytest.raises(ValueError, match=f"'{model.config.model_type}' can't be enabled; supported are falcon, "):
+        enable_adms_llm(model)
+    assert set(model.__dict__) == before

@@ -6,6 +6,7 @@ loop that gives the model the same tokens in the same pieces, with a cache of th
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 
@@ -16,7 +17,6 @@ from conftest import GENERATE_TABLE, token_ids
 from packaging import version
 from test_families import FAMILIES, make
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
-from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.generation.streamers import BaseStreamer
 
 from streaming_llm import ADMSLayer, enable_adms_llm
@@ -29,17 +29,21 @@ OLDEST = version.parse(transformers.__version__) < version.parse("5.3")
 SLIDING = ("gemma2", "gemma3_text")
 
 # Cells, of the table or of what it has no room for, that fail today, each with its reason.
-PENDING: dict[tuple[str, str], str] = {}
+PENDING: dict[tuple[str, str], str] = {
+    ("left padding, past", name): "a padded row keeps other tokens than the row alone" for name in FAMILIES
+}
 
 
 @functools.cache
 def models(name: str):
-    """The family's tiny model twice: one as it is, one enabled, both without an end token."""
-    plain, enabled = make(name), make(name)
-    for model in (plain, enabled):
-        model.generation_config.eos_token_id = None
-        model.generation_config.pad_token_id = 0
-    return plain, enabled
+    """The family's tiny model twice, one for `DynamicCache` and one to be enabled."""
+    return endless(make(name)), endless(make(name))
+
+
+def endless(model):
+    model.generation_config.eos_token_id = 10_000  # outside the vocabulary; transformers 5.2 can't assist without one
+    model.generation_config.pad_token_id = 0
+    return model
 
 
 @functools.cache
@@ -48,10 +52,7 @@ def assistant(name: str):
     layers = {"num_hidden_layers": 1}
     if name in SLIDING:
         layers["layer_types"] = ["full_attention"]
-    model = make(name, **({"n_layer": 1} if name == "gpt2" else layers))
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model
+    return endless(make(name, **({"n_layer": 1} if name == "gpt2" else layers)))
 
 
 class Collected(BaseStreamer):
@@ -86,7 +87,9 @@ def say(model, ids, cache, mask="ones", new=8, **options) -> dict[str, list[torc
     options = {**settings, "output_logits": True, "output_scores": True, **options}
     output = model.generate(ids, past_key_values=cache, **options)
     assert output.past_key_values is cache
-    return {name: [output[name]] if name == "sequences" else list(output[name]) for name in ("sequences", "logits", "scores")}
+    return {
+        name: [output[name]] if name == "sequences" else list(output[name]) for name in ("sequences", "logits", "scores")
+    }
 
 
 def flat(*outputs: dict) -> list[torch.Tensor]:
@@ -271,15 +274,36 @@ if OLDEST:
     REFUSED["assisted"] = REFUSED["prompt lookup"] = dict.fromkeys(SLIDING, ValueError)
 
 
-def cell(mode: str, name: str) -> None:
-    """Enter a cell of the table as failed, until the test's end says otherwise; skips nothing."""
-    GENERATE_TABLE[mode, name] = f"FAILED, known: {PENDING[mode, name]}" if (mode, name) in PENDING else "FAILED"
+def refusal(mode: str, name: str) -> type[Exception] | None:
+    """With what transformers refuses the cell; notes it in the table."""
+    refused = REFUSED.get(mode, {}).get(name)
+    if refused is not None:
+        GENERATE_TABLE[mode, name] = (
+            f"refused: {refused.__name__} by transformers {transformers.__version__}, with any cache"
+        )
+    return refused
+
+
+@contextlib.contextmanager
+def cell(mode: str, name: str):
+    """A cell of the table: failed until the end says otherwise."""
+    GENERATE_TABLE[mode, name] = "FAILED"
+    try:
+        yield
+    except BaseException:
+        GENERATE_TABLE[mode, name] = "FAILED"
+        if (mode, name) in PENDING:
+            GENERATE_TABLE[mode, name] = f"pending: {PENDING[mode, name]}"
+            pytest.xfail(PENDING[mode, name])
+        raise
+    assert (mode, name) not in PENDING, "this works: take it out of PENDING"
+    if GENERATE_TABLE[mode, name] == "FAILED":
+        GENERATE_TABLE[mode, name] = "pass"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("mode", BELOW)
 def test_below_the_bound_generate_gives_what_it_gives_with_dynamic_cache(mode, name):
-    cell(mode, name)
     plain, enabled = models(name)
 
     def with_dynamic_cache():
@@ -288,18 +312,17 @@ def test_below_the_bound_generate_gives_what_it_gives_with_dynamic_cache(mode, n
     def with_ours():
         return BELOW[mode](enabled, name, lambda: enable_adms_llm(enabled, **ROOMY))
 
-    refused = REFUSED.get(mode, {}).get(name)
-    if refused is not None:
-        with pytest.raises(refused):
-            with_dynamic_cache()
-        with pytest.raises(refused):
-            with_ours()
-        GENERATE_TABLE[mode, name] = f"refused: {refused.__name__} by transformers {transformers.__version__}, with any cache"
-        return
-    expected, got = with_dynamic_cache(), with_ours()
-    assert len(expected) == len(got) > 1
-    assert all(torch.equal(one, other) for one, other in zip(expected, got, strict=True))
-    GENERATE_TABLE[mode, name] = "pass"
+    with cell(mode, name):
+        refused = refusal(mode, name)
+        if refused is not None:
+            with pytest.raises(refused):
+                with_dynamic_cache()
+            with pytest.raises(refused):
+                with_ours()
+            return
+        expected, got = with_dynamic_cache(), with_ours()
+        assert len(expected) == len(got) > 1
+        assert all(torch.equal(one, other) for one, other in zip(expected, got, strict=True))
 
 
 # -- past the bound ------------------------------------------------------------------------------------------------------
@@ -481,13 +504,17 @@ def _check_assisted(model, ids, **options):
     cache = small(model, **CALM)
     ids = watched(model, ids, cache, new=2)["sequences"][0]
     expected = watched(model, ids, copy.deepcopy(cache), new=NEW)["sequences"][0]
-    assert torch.equal(watched(model, ids, cache, new=NEW, **options)["sequences"][0], expected)
-    assert cache.get_seq_length() == expected.shape[1] - 1
+    said = watched(model, ids, cache, new=NEW, **options)["sequences"][0]
+    assert torch.equal(said[:, : expected.shape[1]], expected)
+    # With prompt lookup transformers 5.2 may say one token more than it was asked for.
+    assert said.shape[1] - expected.shape[1] in ((0, 1) if OLDEST else (0,))
+    assert cache.get_seq_length() == said.shape[1] - 1
     # Where pieces of other lengths are compacted at other times the tokens may differ; they are still tokens of a bounded
     # cache, and what was taken back leaves no trace in its length.
     cache = small(model)
     said = watched(model, ids, cache, new=3 * NEW, **options)["sequences"][0]
-    assert said.shape[1] == ids.shape[1] + 3 * NEW == cache.get_seq_length() + 1
+    assert said.shape[1] == cache.get_seq_length() + 1
+    assert said.shape[1] - ids.shape[1] - 3 * NEW in ((0, 1) if OLDEST else (0,))
 
 
 def _past_assisted(model, name):
@@ -522,16 +549,11 @@ if OLDEST:
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("mode", PAST)
 def test_past_the_bound_generate_does_what_a_loop_by_hand_does(mode, name):
-    cell(mode, name)
     model = models(name)[1]
-    refused = REFUSED.get(mode, {}).get(name)
-    if refused is not None:
-        with pytest.raises(refused):
+    with cell(mode, name):
+        refused = refusal(mode, name)
+        with contextlib.nullcontext() if refused is None else pytest.raises(refused):
             PAST[mode](model, name)
-        GENERATE_TABLE[mode, name] = f"refused: {refused.__name__} by transformers {transformers.__version__}, with any cache"
-        return
-    PAST[mode](model, name)
-    GENERATE_TABLE[mode, name] = "pass"
 
 
 # -- refused -------------------------------------------------------------------------------------------------------------
@@ -550,16 +572,30 @@ ALWAYS_REFUSED = {
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("mode", ALWAYS_REFUSED)
 def test_what_does_not_go_with_this_cache_is_refused_before_anything_is_generated(mode, name):
-    cell(mode, name)
     model, (options, message) = models(name)[1], ALWAYS_REFUSED[mode]
     cache = enable_adms_llm(model, **ROOMY)
-    with pytest.raises(ValueError, match=message):
-        model.generate(
-            token_ids(20), attention_mask=torch.ones(1, 20, dtype=torch.long), past_key_values=cache, max_new_tokens=4, **options
-        )
-    assert cache.get_seq_length() == 0
-    why = {"trust_remote_code": "transformers fetches this mode from the Hub", "cache_implementation": "another cache"}
-    GENERATE_TABLE[mode, name] = f"refused: ValueError, {why.get(message, message)}"
+    with cell(mode, name):
+        with pytest.raises(ValueError, match=message):
+            say(model, token_ids(20), cache, **options)
+        assert cache.get_seq_length() == 0
+        why = {"trust_remote_code": "transformers fetches this mode from the Hub", "cache_implementation": "another cache"}
+        GENERATE_TABLE[mode, name] = f"refused: ValueError, {why.get(message, message)}"
+
+
+@pytest.mark.skipif(OLDEST, reason="sliding layers can't be cropped there")
+@pytest.mark.parametrize("name", SLIDING)
+def test_sliding_layers_are_bounded_again_after_assisted_generation(name):
+    model = models(name)[1]
+    cache = small(model)
+    said = say(model, token_ids(LONG), cache, assistant_model=assistant(name))["sequences"][0]
+    whole = say(model, said, cache, new=2 * NEW)["sequences"][0]
+    assert cache.get_seq_length() == whole.shape[1] - 1
+    assert [layer.keys.shape[2] for layer in cache.layers if not isinstance(layer, ADMSLayer)] == [15, 15]
+    cache = enable_adms_llm(model, **ROOMY)
+    said = say(model, token_ids(LONG), cache, assistant_model=assistant(name))["sequences"][0]
+    again = say(model, said, cache, new=2 * NEW)
+    expected = say(model, said, enable_adms_llm(model, **ROOMY), new=2 * NEW)
+    torch.testing.assert_close(torch.cat(again["logits"]), torch.cat(expected["logits"]), atol=1e-4, rtol=1e-4)
 
 
 def test_input_without_a_new_token_is_refused_and_the_cache_stays_as_it_was():
