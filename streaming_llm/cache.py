@@ -147,6 +147,11 @@ class ADMSKVCache(DualFidelityMixin, ReplayMixin, CalibrationMixin, ControllerMi
     def reset(self) -> None:
         """Forget everything: the cache is as new, its settings stay."""
         super().reset()
+        # In transformers 5.2 a sliding layer keeps its keys, as zeros.
+        self.layers = [
+            layer if isinstance(layer, ADMSLayer) else DynamicSlidingWindowLayer(layer.sliding_window)
+            for layer in self.layers
+        ]
         group_layers(self._full_layers(), self.layers_at_once)
         self._hand_counts = {}
         self._variances = {}

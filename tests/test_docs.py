@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import stream, token_ids
+from test_families import VARIANTS
 
 import streaming_llm
 from streaming_llm import SUPPORTED_MODEL_TYPES, ADMSConfig, compressors
@@ -34,6 +35,12 @@ def model_types() -> str:
     return ", ".join(f"`{name}`" for name in SUPPORTED_MODEL_TYPES)
 
 
+def rope_types() -> str:
+    """Those that tests/test_families.py tries."""
+    parameters = [settings.get("rope_parameters", {}) for _, settings in VARIANTS.values()]
+    return ", ".join(f"`{name}`" for name in sorted({one["rope_type"] for one in parameters if "rope_type" in one}))
+
+
 def flag_table() -> str:
     """The flags that are no settings, as a Markdown table made of the parser's own help."""
     rows = ["| flag | meaning (default) |", "|---|---|"]
@@ -47,6 +54,7 @@ def flag_table() -> str:
 
 MADE_FROM_CODE = {
     ("README.md", "model types"): model_types,
+    ("README.md", "rope types"): rope_types,
     ("QUICKSTART.md", "flags"): lambda: f"\n{flag_table()}\n",
     ("QUICKSTART.md", "settings"): lambda: f"\n{ADMSConfig.describe()}\n",
 }
