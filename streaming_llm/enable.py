@@ -194,9 +194,16 @@ def _prepare_inputs(model: PreTrainedModel, input_ids: torch.Tensor, *args, **kw
     if not isinstance(cache, ADMSKVCache):
         return own(model, input_ids, *args, **kwargs)
     seen, length = cache.get_seq_length(), input_ids.shape[1]
+    positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    if positions is not None and isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        # For a prefill in chunks the mask ends with the chunk, the positions with the prompt (transformers 5.2).
+        kwargs["position_ids"] = positions = positions[..., : mask.shape[1]]
+    places = kwargs.get("cache_position")
+    if places is not None:
+        # After such a prefill it is one too far, and sliding windows with it (transformers 5.2).
+        kwargs["cache_position"] = places - places[:1] + seen
     if kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length", 0) is None and 0 < seen < length:
         # Assisted generation gives the whole text again to a cache that has seen most of it (transformers 5.23).
-        positions = kwargs.get("position_ids")
         if positions is not None and positions.shape[-1] == length and not positions[..., 0].any():
             kwargs["next_sequence_length"] = length - seen
     if model.config.model_type in _CACHE_DROPPED:
