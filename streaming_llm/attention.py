@@ -1,13 +1,15 @@
 """The attention function: the model's own kernel, with the tokens' log-mass; shows the queries to the layer.
 
 Registered with transformers' `AttentionInterface` under the base implementation's name with a prefix. For any other cache
-it is the base function, called with what it would have been called with.
+it is the base function, called with what it would have been called with. Falcon does not ask that interface: there the
+keys themselves, as `AttendedKeys`, see to it that torch's attention is called with the log-mass.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -18,6 +20,8 @@ from .layer import ADMSLayer
 
 PREFIX = "adms_"
 BASES = ("eager", "sdpa")
+# Model types that call torch's attention themselves, whatever is registered.
+SDPA_ITSELF = ("falcon",)
 
 
 def base_attention(module: torch.nn.Module, base: str) -> Callable:
@@ -41,17 +45,86 @@ def _attention(base: str) -> Callable:
         layer: ADMSLayer | None = getattr(key, "adms_layer", None)
         if layer is None:
             return forward(module, query, key, value, attention_mask, **kwargs)
-        if query.requires_grad and torch.is_grad_enabled() and not key.requires_grad:
-            # Only the queries are learnt: the backward pass needs the keys and values as they are now.
-            key, value = key.clone(), value.clone()
-        if not layer.plain:
-            attention_mask = layer.attention_bias(query.shape[2], query.shape[1] // key.shape[1], query.dtype)
+        key, value = _for_backward(query, key, value)
+        attention_mask = _mask(layer, query, key, attention_mask)
         result = forward(module, query, key, value, attention_mask, **kwargs)
-        scale = kwargs.get("scaling")
-        layer.observe(query, query.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("softcap"))
+        _show(layer, query, kwargs.get("scaling"), kwargs.get("softcap"))
         return result
 
     return adms_attention
+
+
+def _mask(layer: ADMSLayer, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+    if layer.plain:
+        return mask
+    return layer.attention_bias(query.shape[2], query.shape[1] // key.shape[1], query.dtype)
+
+
+def _for_backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if query.requires_grad and torch.is_grad_enabled() and not key.requires_grad:
+        # Only the queries are learnt: the backward pass needs the keys and values as they are now.
+        return key.clone(), value.clone()
+    return key, value
+
+
+def _show(layer: ADMSLayer, query: torch.Tensor, scale: float | None, softcap: float | None = None) -> None:
+    layer.observe(query, query.shape[-1] ** -0.5 if scale is None else scale, softcap)
+
+
+class AttendedKeys(torch.Tensor):
+    """Keys that bring their layer's log-mass into `scaled_dot_product_attention`, wherever that is called with them.
+
+    Their shape and other properties can be asked for; any other computation with them would leave the log-mass out and
+    raises `RuntimeError`.
+    """
+
+    keys: torch.Tensor
+    adms_layer: ADMSLayer
+
+    @classmethod
+    def of(cls, keys: torch.Tensor) -> torch.Tensor:
+        """`keys` as such, where a layer of an enabled model's cache gave them; else as they are."""
+        layer = getattr(keys, "adms_layer", None)
+        if layer is None:
+            return keys
+        attended = keys.as_subclass(cls)
+        attended.keys, attended.adms_layer = keys, layer
+        return attended
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", str(func))
+        if name == "scaled_dot_product_attention":
+            return cls._attention(func, *args, **kwargs)
+        if name not in ("__get__", "size", "dim"):
+            raise RuntimeError(
+                f"the model computes with the cache's keys itself ({name}), so their log-mass would be lost: use the 'sdpa' "
+                "attention implementation and output_attentions=False"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @staticmethod
+    def _attention(
+        kernel: Callable,
+        query: torch.Tensor,
+        key: AttendedKeys,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        layer = key.adms_layer
+        key, value = _for_backward(query, key.keys, value)
+        mask = _mask(layer, query, key, attn_mask)
+        # The log-mass says what is causal as well, and torch takes no mask beside is_causal.
+        is_causal = is_causal and mask is attn_mask
+        result = kernel(query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, **kwargs)
+        _show(layer, query, scale)
+        return result
 
 
 def register() -> None:

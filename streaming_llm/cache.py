@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -104,6 +104,8 @@ class ADMSKVCache(
         self._room: tuple[int, int, Arrival] | None = None
         self._length_override: int | None = None
         self._told_unwired = False
+        # Set during a forward pass of a model whose attention is reached through the keys only (attention.AttendedKeys.of).
+        self.keys_as: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._profile = False
         self._hand_counts: dict[str, int] = {}
         self._variances: dict[int, dict[int, float]] = {}
@@ -131,7 +133,7 @@ class ADMSKVCache(
         states = layer.update(key_states, value_states, arrival=self._arrival)
         if layer is self._last_full_layer():
             self._log_every_512(layer.seen, key_states.shape[2])
-        return states
+        return states if self.keys_as is None else (self.keys_as(states[0]), states[1])
 
     def _check_same_point(self, layer_idx: int, new: int) -> None:
         # A pass that failed half-way is taken back by the hooks of an enabled model; without them this is where it shows.
@@ -181,6 +183,10 @@ class ADMSKVCache(
         for number, layer in enumerate(self.layers):
             if isinstance(layer, PaddedLayer):
                 self.layers[number] = layer.unpadded()
+            elif not isinstance(layer, ADMSLayer):
+                # In transformers 5.2 a sliding layer keeps its keys, as zeros.
+                self.layers[number] = DynamicSlidingWindowLayer(layer.sliding_window)
+                self.layers[number].rope = getattr(layer, "rope", None)
         self.window.reset()
         group_layers(self._full_layers(), self.layers_at_once)
         self._hand_counts = {}
@@ -211,6 +217,7 @@ class ADMSKVCache(
         self._take_back_unfinished()
         if self.broken:
             raise RuntimeError(f"the cache can't be used any more: {self.broken}. Call cache.reset() or make a new one")
+        self._end_recording()
         seen = self.get_seq_length()
         self._followed = self.window.following
         counts = real = None
@@ -314,6 +321,19 @@ class ADMSKVCache(
                 layer.make_room(new, arrival.counts)
             else:
                 layer.make_room(new)
+
+    def _end_recording(self) -> None:
+        """Let layers settle as usual once no crop follows a pass any more: transformers leaves them recording."""
+        for layer in self.layers:
+            if isinstance(layer, ADMSLayer):
+                if layer.waits:
+                    layer.accept()
+                    layer.record_past = False
+            elif (
+                getattr(layer, "record_past", False) and layer.is_initialized and layer.keys.shape[2] >= layer.sliding_window
+            ):
+                layer.crop(0)
+                layer.record_past = False
 
     def _plan_budgets(self, new: int, arrival: Arrival) -> None:
         """Let layers trade budget, where a compaction is due and enough was measured since the last time."""

@@ -407,6 +407,8 @@ class _ModelShape:
         text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
         heads = text.num_attention_heads
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        if text.model_type == "falcon" and text.multi_query and not text.new_decoder_architecture:
+            kv_heads = 1  # the new architecture has fewer KV heads than query heads too, but copies each for the cache
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
         if dtype is None:
             dtype = getattr(text, "dtype", None) or torch.float32

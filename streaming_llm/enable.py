@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import logging
 import threading
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
-from .attention import BASES, PREFIX, register
+from .attention import BASES, PREFIX, SDPA_ITSELF, AttendedKeys, register
 from .cache import ADMSKVCache
 from .config import ADMSConfig
 from .group import CPU_LAYERS
@@ -22,6 +23,7 @@ from .rope import Rope, restore_frequencies, rope_layers
 
 # Model types whose attention was tested with the cache (tests/test_families.py holds the list to its word).
 SUPPORTED_MODEL_TYPES = (
+    "falcon",
     "gemma2",
     "gemma3_text",
     "gpt2",
@@ -37,6 +39,9 @@ SUPPORTED_MODEL_TYPES = (
 )
 # Model types with a table of learned positions: there is none past its end.
 _LEARNED_POSITIONS = ("gpt2",)
+# Model types that have generate go on without the cache given, unseen, once a stream passes the config's
+# original_max_position_embeddings, whether or not their RoPE changes there.
+_CACHE_DROPPED = ("phi3",)
 _STATE = "_adms_wiring"
 # Threads may enable one model at the same time: it is wired once.
 _WIRING = threading.RLock()
@@ -99,6 +104,8 @@ def disable_adms_llm(model: PreTrainedModel) -> None:
             return
         for handle in wiring["handles"]:
             handle.remove()
+        if wiring["prepares"]:
+            del model.prepare_inputs_for_generation
         if model.config._attn_implementation == PREFIX + wiring["base"]:
             model.set_attn_implementation(wiring["base"])
 
@@ -119,12 +126,27 @@ def check_model(model: PreTrainedModel) -> str:
         )
     implementation = model.config._attn_implementation or "eager"
     base = implementation.removeprefix(PREFIX)
+    if text.model_type in SDPA_ITSELF and base != "sdpa":
+        raise ValueError(
+            f"attention implementation {implementation!r} of model type {text.model_type!r} has no place for log-mass; load "
+            "the model with attn_implementation='sdpa'"
+        )
     if base not in BASES:
         raise ValueError(
             f"attention implementation {implementation!r} has no place for log-mass; load the model with "
             f"attn_implementation='sdpa' or call model.set_attn_implementation('sdpa') (supported: {', '.join(BASES)})"
         )
+    if getattr(text, "alibi", False):
+        raise ValueError(
+            f"model type {text.model_type!r} with alibi=True can't be enabled: it counts distances by index in the cache, "
+            "which compaction changes; use a checkpoint with RoPE (alibi=False)"
+        )
     return base
+
+
+def _implementation(model: PreTrainedModel, base: str) -> str:
+    """The name of the implementation a wired model has."""
+    return base if model.config.get_text_config().model_type in SDPA_ITSELF else PREFIX + base
 
 
 def make_cache(model: PreTrainedModel, config: ADMSConfig, explicit: bool = False) -> ADMSKVCache:
@@ -213,17 +235,53 @@ def wire(model: PreTrainedModel, base: str, cache: ADMSKVCache) -> None:
     """
     with _WIRING:
         if is_enabled(model):
-            if model.config._attn_implementation == PREFIX + base and model.__dict__[_STATE]["base"] == base:
+            if model.config._attn_implementation == _implementation(model, base) and model.__dict__[_STATE]["base"] == base:
                 return
             # The user chose another implementation since: wrap that one.
             disable_adms_llm(model)
         register()
-        model.set_attn_implementation(PREFIX + base)
+        if _implementation(model, base) != base:
+            model.set_attn_implementation(PREFIX + base)
         decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
         before = decoder.register_forward_pre_hook(_before_forward, with_kwargs=True)
         after = decoder.register_forward_hook(_after_forward, with_kwargs=True, always_call=True)
         logits = model.register_forward_pre_hook(_before_logits, with_kwargs=True)
-        model.__dict__[_STATE] = {"base": base, "handles": (before, after, logits), "ropes": cache.ropes}
+        prepares = isinstance(model, GenerationMixin) and "prepare_inputs_for_generation" not in model.__dict__
+        if prepares:
+            prepare = functools.partial(_prepare_inputs, model)
+            # generate reads there what it may pass.
+            prepare.__signature__ = inspect.signature(model.prepare_inputs_for_generation)
+            model.prepare_inputs_for_generation = prepare
+        model.__dict__[_STATE] = {
+            "base": base,
+            "handles": (before, after, logits),
+            "prepares": prepares,
+            "ropes": cache.ropes,
+        }
+
+
+def _prepare_inputs(model: PreTrainedModel, input_ids: torch.Tensor, *args, **kwargs) -> dict[str, Any]:
+    """The model's own `prepare_inputs_for_generation`, except where that loses sight of an `ADMSKVCache`."""
+    own = type(model).prepare_inputs_for_generation
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, ADMSKVCache):
+        return own(model, input_ids, *args, **kwargs)
+    seen, length = cache.get_seq_length(), input_ids.shape[1]
+    positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    if positions is not None and isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        # For a prefill in chunks the mask ends with the chunk, the positions with the prompt (transformers 5.2).
+        kwargs["position_ids"] = positions = positions[..., : mask.shape[1]]
+    places = kwargs.get("cache_position")
+    if places is not None:
+        # After such a prefill it is one too far, and sliding windows with it (transformers 5.2).
+        kwargs["cache_position"] = places - places[:1] + seen
+    if kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length", 0) is None and 0 < seen < length:
+        # Assisted generation gives the whole text again to a cache that has seen most of it (transformers 5.23).
+        if positions is not None and positions.shape[-1] == length and not positions[..., 0].any():
+            kwargs["next_sequence_length"] = length - seen
+    if model.config.model_type in _CACHE_DROPPED:
+        own = GenerationMixin.prepare_inputs_for_generation
+    return own(model, input_ids, *args, **kwargs)
 
 
 def _arguments(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
@@ -242,6 +300,16 @@ def _before_forward(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple
         tokens = given.get("inputs_embeds")
     if tokens is None:
         return None
+    if given.get("use_cache") is False:
+        raise ValueError(
+            "use_cache=False contradicts past_key_values: generate would read the whole text anew at every step"
+        )
+    if tokens.shape[1] == 0:
+        raise ValueError(
+            f"input_ids bring no new tokens: the cache has seen {cache.get_seq_length()}. generate takes input_ids as the "
+            "whole text so far, or as what is new where attention_mask is as long as the whole (transformers 5.3 or newer)"
+        )
+    cache.keys_as = AttendedKeys.of if module.config.model_type in SDPA_ITSELF else None
     if cache.changing_frequencies:
         restore_frequencies(module)
     positions, mask = cache.begin_forward(
@@ -255,7 +323,8 @@ def _before_forward(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple
 def _before_logits(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
     """Refuse right padding where the logits asked for are those of padding."""
     mask = kwargs.get("attention_mask")
-    if kwargs.get("logits_to_keep", 0) != 1 or not isinstance(kwargs.get("past_key_values"), ADMSKVCache):
+    kept = kwargs.get("logits_to_keep")
+    if type(kept) is not int or kept != 1 or not isinstance(kwargs.get("past_key_values"), ADMSKVCache):
         return
     if isinstance(mask, torch.Tensor) and mask.dim() == 2 and bool(((mask[:, -1] == 0) & mask.bool().any(-1)).any()):
         raise ValueError(
@@ -268,6 +337,7 @@ def _after_forward(module: torch.nn.Module, args: tuple, kwargs: dict, output: A
     cache = _arguments(module, args, kwargs).get("past_key_values")
     if not isinstance(cache, ADMSKVCache):
         return
+    cache.keys_as = None
     if output is None:
         cache.abort_forward()
     else:

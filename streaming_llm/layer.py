@@ -474,6 +474,11 @@ class ADMSLayer(CacheLayerMixin):
         or the next pass: transformers calls this where tokens are tried out (assisted generation)."""
         self.record_past = True
 
+    @property
+    def waits(self) -> bool:
+        """Whether a pass has yet to be settled."""
+        return self._waiting is not None
+
     def accept(self) -> None:
         """What a pass brought while past was recorded stays: score by its queries, and compact what is too much."""
         if self._waiting is not None:

@@ -7,6 +7,28 @@ import os
 import pytest
 import torch
 
+# (mode of generate, model type): "pass", "refused: ...", "pending: ..." or "FAILED", as tests/test_generate.py found it.
+GENERATE_TABLE: dict[tuple[str, str], str] = {}
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print what `generate` can do on which family, where that was tested."""
+    if not GENERATE_TABLE:
+        return
+    modes = list(dict.fromkeys(mode for mode, _ in GENERATE_TABLE))
+    families = sorted({family for _, family in GENERATE_TABLE})
+    notes = list(dict.fromkeys(cell for cell in GENERATE_TABLE.values() if cell.startswith(("refused", "pending"))))
+    terminalreporter.section("generate: mode x family")
+    width = max(map(len, modes))
+    terminalreporter.write_line(" " * width + "  " + "  ".join(families))
+    for mode in modes:
+        cells = (GENERATE_TABLE.get((mode, family), "-") for family in families)
+        cells = (f"{cell[:7]} {notes.index(cell) + 1}" if cell in notes else cell for cell in cells)
+        row = "  ".join(cell.ljust(len(family)) for cell, family in zip(cells, families, strict=True))
+        terminalreporter.write_line(f"{mode.ljust(width)}  {row}".rstrip())
+    for number, note in enumerate(notes, start=1):
+        terminalreporter.write_line(f"{number}: {note}")
+
 
 @pytest.fixture(scope="session")
 def smol():

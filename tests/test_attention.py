@@ -128,6 +128,33 @@ def test_attention_over_a_compacted_layer_is_softmax_with_log_mass(implementatio
     torch.testing.assert_close(got[0].transpose(0, 1), torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("new", [1, 3])
+def test_attended_keys_bring_their_log_mass_into_torchs_own_attention_and_nowhere_else(heads, new):
+    layer = ADMSLayer(ADMSConfig(**{**SMALL, "rank": 4}), wired=True)
+    layer.update(*random_states(60, heads=heads))
+    layer.observe(random_queries(60, heads=heads, groups=4 // heads), 8**-0.5)
+    layer.settle()
+    query = random_queries(new, heads=heads, groups=4 // heads, seed=5)
+    key, value = layer.update(*random_states(new, heads=heads, seed=6))
+    beta, count = layer.held.beta.repeat_interleave(4 // heads, dim=1), layer.query_count
+    assert (beta > 0.1).any()
+    logits = query @ key.transpose(-1, -2) * 8**-0.5 + beta[:, :, None]
+    logits[..., -new:] += torch.full((new, new), -torch.inf).triu(1)
+    attended = attention.AttendedKeys.of(key)
+    assert attended.shape == key.shape and attended.size(2) == key.shape[2] and attended.dim() == 4
+    with pytest.raises(RuntimeError, match="transpose.*log-mass would be lost"):
+        query @ attended.transpose(-1, -2)
+    got = torch.nn.functional.scaled_dot_product_attention(query, attended, value, is_causal=new > 1)
+    torch.testing.assert_close(got, logits.softmax(-1) @ value, rtol=1e-4, atol=1e-5)
+    assert type(got) is torch.Tensor and layer.query_count == count + new
+
+
+def test_keys_of_no_enabled_cache_are_left_as_they_are():
+    keys, _ = random_states(5)
+    assert attention.AttendedKeys.of(keys) is keys
+
+
 def test_eager_and_sdpa_agree_past_the_bound():
     ids = token_ids(150)
     got = [stream(model, ids, enable_adms_llm(model, **SMALL), 5) for model in map(model_with, IMPLEMENTATIONS)]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import stream, token_ids
+from test_families import VARIANTS
 
 import streaming_llm
 from streaming_llm import SUPPORTED_MODEL_TYPES, ADMSConfig, compressors
@@ -42,6 +43,12 @@ def model_types() -> str:
     return ", ".join(f"`{name}`" for name in SUPPORTED_MODEL_TYPES)
 
 
+def rope_types() -> str:
+    """Those that tests/test_families.py tries."""
+    parameters = [settings.get("rope_parameters", {}) for _, settings in VARIANTS.values()]
+    return ", ".join(f"`{name}`" for name in sorted({one["rope_type"] for one in parameters if "rope_type" in one}))
+
+
 def flag_table(flags) -> str:
     """The flags that are no settings, as a Markdown table made of the parser's own help."""
     rows = ["| flag | meaning (default) |", "|---|---|"]
@@ -69,6 +76,7 @@ def chat_flags():
 
 MADE_FROM_CODE = {
     ("README.md", "model types"): model_types,
+    ("README.md", "rope types"): rope_types,
     ("QUICKSTART.md", "flags"): lambda: f"\n{flag_table(parser().flags())}\n",
     ("QUICKSTART.md", "chat flags"): lambda: f"\n{flag_table(chat_flags())}\n",
     ("QUICKSTART.md", "settings"): lambda: f"\n{ADMSConfig.describe()}\n",

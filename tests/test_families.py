@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -19,6 +21,9 @@ LLAMA_LIKE = {
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 # model type: (config class, model class, settings)
 FAMILIES = {
+    "falcon": ("FalconConfig", "FalconForCausalLM",
+               {"vocab_size": 128, "hidden_size": 32, "ffn_hidden_size": 48, "num_hidden_layers": 3,
+                "num_attention_heads": 4, "max_position_embeddings": 512, "pad_token_id": 0, "initializer_range": 0.2}),
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM",
                {**LLAMA_LIKE, "head_dim": 8, "sliding_window": 16, "layer_types": MIXED, "attn_logit_softcapping": 0.5}),
     "gemma3_text": ("Gemma3TextConfig", "Gemma3ForCausalLM",
@@ -40,12 +45,48 @@ FAMILIES = {
 }  # fmt: skip
 
 
-# What transformers lets the family use: Gemma 2 has eager attention only, for its soft-capping.
-BOTH = [(name, kind) for name in FAMILIES for kind in ("eager", "sdpa") if (name, kind) != ("gemma2", "sdpa")]
+def rope(rope_type: str, **parameters) -> dict:
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0, **parameters}}
+
+
+LONGROPE = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}
+# name: (model type, settings): RoPE types, partial and missing RoPE, other ways to lay out the heads, sliding layers.
+VARIANTS = {
+    "falcon, every head its own keys": ("falcon", {"multi_query": False}),
+    "falcon, new architecture": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "gemma3, linear in its full layers": ("gemma3_text", {"rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}),
+    "gpt_neox, all of the head": ("gpt_neox", {"rotary_pct": 1.0}),
+    "llama, default": ("llama", rope("default")),
+    "llama, dynamic": ("llama", rope("dynamic", factor=2.0)),
+    "llama, linear": ("llama", rope("linear", factor=4.0)),
+    "llama, llama3": ("llama", rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                                    original_max_position_embeddings=64)),
+    "llama, longrope": ("llama", rope("longrope", **LONGROPE, factor=2.0, original_max_position_embeddings=256)),
+    "llama, yarn": ("llama", rope("yarn", factor=8.0, original_max_position_embeddings=64)),
+    "phi3, half of the head": ("phi3", rope("default", partial_rotary_factor=0.5)),
+    "phi3, longrope": ("phi3", {**rope("longrope", **LONGROPE), "original_max_position_embeddings": 256}),
+    "qwen2, sliding and full": ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "layer_types": MIXED}),
+    "qwen3, yarn": ("qwen3", rope("yarn", factor=8.0, original_max_position_embeddings=64)),
+    "smollm3, a layer without RoPE": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
+}  # fmt: skip
+ALL = (*FAMILIES, *VARIANTS)
+
+# Gemma 2 has eager attention only, for its soft-capping; Falcon's eager attention has no place for log-mass.
+BOTH = [
+    (name, kind)
+    for name in FAMILIES
+    for kind in ("eager", "sdpa")
+    if (name, kind) not in (("gemma2", "sdpa"), ("falcon", "eager"))
+]
+EVERYTHING = [*BOTH, *((name, None) for name in VARIANTS)]
 
 
 def make(name: str, implementation: str | None = None, **chosen):
+    name, variant = VARIANTS.get(name, (name, {}))
     config_class, model_class, settings = FAMILIES[name]
+    chosen = {**variant, **chosen}
     config = getattr(transformers, config_class)(**{**settings, **chosen})
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
@@ -60,7 +101,7 @@ def test_every_family_of_the_list_is_tested_here():
     assert sorted(FAMILIES) == sorted(SUPPORTED_MODEL_TYPES)
 
 
-@pytest.mark.parametrize("name,implementation", BOTH)
+@pytest.mark.parametrize("name,implementation", EVERYTHING)
 def test_an_unfilled_cache_gives_logits_equal_to_the_bit(name, implementation):
     model, ids = make(name, implementation), token_ids(60, 2)
 
@@ -79,8 +120,10 @@ def test_an_unfilled_cache_gives_logits_equal_to_the_bit(name, implementation):
     assert torch.equal(run(DynamicCache(config=model.config)), expected)
 
 
-@pytest.mark.parametrize("name,implementation", BOTH)
-@pytest.mark.parametrize("compressor", ["low_rank", "attention_matching"])
+@pytest.mark.parametrize(
+    "name,implementation,compressor",
+    [*((*one, "low_rank") for one in EVERYTHING), *((*one, "attention_matching") for one in BOTH)],
+)
 def test_past_the_bound_logits_are_finite_and_the_cache_bounded(name, implementation, compressor):
     model = make(name, implementation)
     cache, ids = enable_adms_llm(model, **SMALL, compressor_type=compressor), token_ids(150, 2)
@@ -139,7 +182,7 @@ def test_gemma2s_soft_capping_is_honoured_in_the_scores():
 
 def test_unwired_caches_work_on_every_family():
     ids = token_ids(90)
-    for name in FAMILIES:
+    for name in ALL:
         model = make(name)
         cache = ADMSKVCache(enable_adms_llm(model, **SMALL).config, model_config=model.config)
         disable_adms_llm(model)
@@ -147,7 +190,7 @@ def test_unwired_caches_work_on_every_family():
         assert cache.held_tokens <= cache.config.expected_max_tokens
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL)
 def test_every_family_streams_with_all_four_modules(name):
     model = make(name)
     config = ADMSConfig.adm_plus_plus(**SMALL, sketch_budget=4, replay_budget=2, energy_replay_threshold=1.0)
@@ -160,3 +203,82 @@ def test_every_family_streams_with_all_four_modules(name):
     assert stats["total_sketch_tokens"] and stats["total_replay_tokens"]
     full = [layer for layer in cache.layers if isinstance(layer, ADMSLayer)]
     assert (stats["total_calibrations"] > 0) == any(layer.rope is not None and layer.rope.rotates for layer in full)
+
+
+FALCONS = [name for name in ALL if name.startswith("falcon")]
+
+
+@pytest.mark.parametrize("name", FALCONS)
+def test_falcon_keeps_its_implementation_and_its_memory_is_planned(name):
+    model = make(name)
+    cache = enable_adms_llm(model, **SMALL)
+    assert model.config._attn_implementation == "sdpa"
+    stream(model, token_ids(150, 2), cache, 7)
+    assert cache.nbytes == cache.config.memory_bytes(model.config, batch_size=2)
+    assert cache.keys_as is None and type(cache.layers[0].keys) is torch.Tensor
+    heads = {"falcon": 1}.get(name, 4)
+    assert cache.layers[0].keys.shape[1] == heads
+    disable_adms_llm(model)
+    with pytest.raises(RuntimeError, match="enable_adms_llm"):
+        stream(model, token_ids(8, 2), cache, 4)
+
+
+def test_falcon_whose_attention_log_mass_cannot_reach_is_refused_by_name():
+    with pytest.raises(ValueError, match="'eager'.*'falcon'.*attn_implementation='sdpa'"):
+        enable_adms_llm(make("falcon", attn_implementation="eager"), rank=8)
+    with pytest.raises(ValueError, match="'falcon' with alibi=True.*RoPE"):
+        enable_adms_llm(make("falcon", alibi=True), rank=8)
+    model, ids = make("falcon"), token_ids(30)
+    cache = enable_adms_llm(model, **SMALL)
+    with pytest.raises(RuntimeError, match="output_attentions=False"), torch.no_grad():
+        model(ids, past_key_values=cache, output_attentions=True)
+    expected = stream(model, ids, enable_adms_llm(model, **SMALL), 5)
+    assert torch.equal(stream(model, ids, cache, 5), expected)
+
+
+@pytest.mark.parametrize("rope_type", ["default", "longrope"])
+def test_phi3_keeps_the_cache_past_the_length_where_it_would_drop_it(rope_type, caplog):
+    settings = {"default": rope("default"), "longrope": rope("longrope", **LONGROPE)}[rope_type]
+    model = make("phi3", original_max_position_embeddings=40, **settings)
+    model.generation_config.eos_token_id = None
+    ids = token_ids(30)
+    cache = enable_adms_llm(model, rank=8)
+    # As a loop by hand: generate itself would go on with a new cache.
+    said = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=30)
+    assert cache.get_seq_length() == 59
+    assert ("LongRoPE" in caplog.text) == (rope_type == "longrope")
+    other = DynamicCache(config=model.config)
+    logits = [stream(model, said[:, :30], other, 30)[:, -1:], stream(model, said[:, 30:-1], other, 1)]
+    assert torch.equal(torch.cat(logits, dim=1).argmax(-1), said[:, 30:])
+    # A prompt longer than that.
+    ids, cache = token_ids(60), enable_adms_llm(model, rank=8)
+    model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=4)
+    assert cache.get_seq_length() == 63
+    assert caplog.text.count("LongRoPE") == (rope_type == "longrope")
+    model_of_its_own = copy.deepcopy(model)
+    assert model_of_its_own.prepare_inputs_for_generation.args[0] is model_of_its_own
+    disable_adms_llm(model)
+    assert "prepare_inputs_for_generation" not in model.__dict__
+
+
+UNSUPPORTED = {
+    "encoder and decoder": ("T5Config", "T5ForConditionalGeneration",
+                            {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 32}),
+    "multi-head latent attention": ("DeepseekV3Config", "DeepseekV3ForCausalLM",
+                                    {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+                                     "num_attention_heads": 2, "num_key_value_heads": 2, "n_routed_experts": 2,
+                                     "moe_intermediate_size": 8, "first_k_dense_replace": 1, "q_lora_rank": 8,
+                                     "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+                                     "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}),
+    "state space": ("MambaConfig", "MambaForCausalLM", {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_has_no_keys_to_compact_is_refused_by_name_before_anything_changes(name):
+    config_class, model_class, settings = UNSUPPORTED[name]
+    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**settings))
+    before = set(model.__dict__)
+    with pytest.raises(ValueError, match=f"'{model.config.model_type}' can't be enabled; supported are falcon, "):
+        enable_adms_llm(model)
+    assert set(model.__dict__) == before
