@@ -492,3 +492,66 @@ def test_profiling_counts_the_seconds_of_compaction():
     cache.profile = True
     stream(MODEL, token_ids(100), cache, 9)
     assert 0 < cache.compaction_seconds < 60 and cache.profile
+
+
+# -- tokens on trial -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compressor", ["low_rank", "attention_matching"])
+@pytest.mark.parametrize(
+    "before,accepted,wrong", [(0, 60, 4), (0, 20, 4), (0, 36, 4), (25, 8, 3), (60, 3, 4), (60, 45, 5), (60, 0, 6)]
+)
+def test_a_recorded_pass_counts_with_the_crop_as_if_what_it_takes_back_had_never_been(compressor, before, accepted, wrong):
+    tried, never = (enable_adms_llm(MODEL, **{**SMALL, "compressor_type": compressor}) for _ in range(2))
+    for cache in (tried, never):
+        if before:
+            stream(MODEL, token_ids(before), cache, 5)
+    right, more = token_ids(accepted, seed=1), token_ids(60, seed=2)
+    tried.activate_past_recording()
+    logits = stream(MODEL, torch.cat([right, token_ids(wrong, seed=3)], 1), tried, accepted + wrong)
+    assert all(layer.waits for layer in tried.layers)
+    tried.crop(-wrong)
+    # What does not fit before the pass is compacted before it: so it is for the cache that never saw what was wrong.
+    for layer in never.layers:
+        layer.make_room(accepted + wrong)
+    if accepted:
+        torch.testing.assert_close(logits[:, :accepted], stream(MODEL, right, never, accepted), rtol=0, atol=1e-3)
+    assert tried.held_tokens <= tried.config.expected_max_tokens and tried.get_seq_length() == before + accepted
+    for got, expected in zip(tried.layers, never.layers, strict=True):
+        assert (got.length, got.query_count, got.query_folded) == (
+            expected.length,
+            expected.query_count,
+            expected.query_folded,
+        )
+        for name in ("pos", "count", "tier", "beta", "score", "keys"):
+            torch.testing.assert_close(getattr(got.held, name), getattr(expected.held, name), rtol=1e-3, atol=1e-3)
+    got, expected = (stream(MODEL, more, cache, 5) for cache in (tried, never))
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-3)
+
+
+def test_recording_ends_when_no_crop_follows():
+    cache = enable_adms_llm(MODEL, **SMALL)
+    cache.activate_past_recording()
+    stream(MODEL, token_ids(60), cache, 60)
+    assert cache.held_tokens == 60
+    cache.crop(0)
+    assert cache.held_tokens <= cache.config.expected_max_tokens and cache.layers[0].record_past
+    stream(MODEL, token_ids(90), cache, 6)
+    assert not cache.layers[0].record_past and not cache.layers[0].waits
+    assert cache.held_tokens <= cache.config.expected_max_tokens
+
+
+def test_a_crop_that_one_layer_can_not_do_changes_none():
+    from test_families import make
+
+    model = make("gemma2")
+    cache = enable_adms_llm(model, **SMALL)
+    stream(model, token_ids(60), cache, 5)
+    lengths = [layer.get_seq_length() for layer in cache.layers]
+    with pytest.raises(ValueError, match="crop\\(-2\\) needs tokens that a layer with a sliding window has dropped"):
+        cache.crop(-2)
+    assert [layer.get_seq_length() for layer in cache.layers] == lengths
+    with pytest.raises(ValueError, match="crop\\(-50\\) asks for more than the last"):
+        enable = enable_adms_llm(MODEL, **SMALL)
+        stream(MODEL, token_ids(60), enable, 5)
+        enable.crop(-50)
