@@ -17,7 +17,7 @@ from .calibration import CalibrationMixin
 from .config import ADMSConfig, layer_windows
 from .controller import ControllerMixin
 from .dual_fidelity import DualFidelityMixin
-from .group import can_plan, group_layers, plan_budgets
+from .group import can_plan, group_layers, measured_budgets, plan_budgets
 from .layer import ADMSLayer, Arrival, NonFiniteError
 from .parallel import Ranks
 from .positions import PositionWindow
@@ -343,22 +343,33 @@ class ADMSKVCache(
         if not isinstance(layers[0], PaddedLayer):
             if self._plan_is_due(layers[0], new) and can_plan(layers):
                 with self._broken_if_it_fails():
-                    plan_budgets(layers, self.layers_at_once, self.ranks)
+                    plan_budgets(layers, measured_budgets(layers, self.ranks), self.layers_at_once)
                 self._plan_next(layers[0])
             return
-        for number, cohort in enumerate(layers[0].cohorts):
+        for cohort in list(layers[0].cohorts):
+            number = layers[0].cohorts.index(cohort)
             count = new if arrival.counts is None else arrival.counts[cohort.rows[0]]
             if self._plan_is_due(cohort.part, count):
-                for layer in layers:
-                    if not layer.aligned:
-                        layer.align()
                 parts = [layer.lend(layer.cohorts[number]) for layer in layers]
                 if can_plan(parts):
                     with self._broken_if_it_fails():
-                        plan_budgets(parts, 1, self.ranks)
-                    self._plan_next(parts[0])
-                for layer in layers:
-                    layer.give_back(layer.cohorts[number])
+                        self._plan_rows(layers, number, measured_budgets(parts, self.ranks))
+                else:
+                    for layer in layers:
+                        layer.give_back(layer.cohorts[number])
+
+    def _plan_rows(self, layers: list[PaddedLayer], number: int, budgets: torch.Tensor) -> None:
+        """Put budgets in force for the rows of a cohort, lent to it; rows of different budgets are cohorts of their own."""
+        places: dict[tuple[int, ...], list[int]] = {}
+        for place, own in enumerate(budgets.tolist()):
+            places.setdefault(tuple(own), []).append(place)
+        divided = [layer.divide(number, list(places.values())) for layer in layers]
+        for cohorts, own in zip(zip(*divided, strict=True), places.values(), strict=True):
+            parts = [cohort.part for cohort in cohorts]
+            plan_budgets(parts, budgets[own], 1)
+            self._plan_next(parts[0])
+            for layer, cohort in zip(layers, cohorts, strict=True):
+                layer.give_back(cohort)
 
     @contextlib.contextmanager
     def _broken_if_it_fails(self) -> Iterator[None]:

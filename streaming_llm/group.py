@@ -185,20 +185,28 @@ def group_layers(layers: list[ADMSLayer], size: int) -> None:
                 LayerGroup(alike[start : start + size])
 
 
-def plan_budgets(layers: list[ADMSLayer], size: int, ranks: Ranks | None = None) -> None:
-    """Share the model's budget between its layers by what each loses, and compact each to its own; see `controller.py`.
+def measured_budgets(layers: list[ADMSLayer], ranks: Ranks | None = None) -> torch.Tensor:
+    """The model's budget shared between its layers by what each loses, int64 `[batch, layers]`; see `controller.py`.
 
-    Called when all layers are about to compact. It asks the device once for all of them, which is why it is done rarely.
+    It asks the device once for all layers, which is why it is done rarely.
 
     Args:
         layers: the model's layers of full attention, at the same point of the stream.
-        size: layers of equal budget to put into one group, from now on.
         ranks: the processes the heads are spread over, which all plan now; None where each has all heads.
     """
-    config = layers[0].config
     lost = torch.stack([1.0 - layer.controller.energy.to(layers[0].device).double().mean(-1) for layer in layers], dim=-1)
     lost = (lost if ranks is None else ranks.mean(lost)).cpu()
-    budgets = layer_budgets(lost, config.compressed_budget)
+    return layer_budgets(lost, layers[0].config.compressed_budget)
+
+
+def plan_budgets(layers: list[ADMSLayer], budgets: torch.Tensor, size: int) -> None:
+    """Give each layer the budgets that were shared out, and compact it to them. All are about to compact.
+
+    Args:
+        layers: as for `measured_budgets`, which gave `budgets`.
+        size: layers of equal budget to put into one group, from now on.
+    """
+    config = layers[0].config
     widest, least = budgets.amax(0).tolist(), budgets.amin(0).tolist()
     others = config.sketch_budget + config.replay_budget
     alike: dict[tuple, list[ADMSLayer]] = {}

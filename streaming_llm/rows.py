@@ -117,6 +117,16 @@ class PaddedLayer(ADMSLayer):
                     cohorts.append(Cohort([cohort.rows[place] for place in places], _rows_of(cohort.part, places)))
         self.cohorts = cohorts
 
+    def divide(self, number: int, places: list[list[int]]) -> list[Cohort]:
+        """Let rows of a cohort, by their places in it, be cohorts of their own; what was lent to it is theirs then."""
+        if not self.aligned:
+            self.align()
+        whole = self.cohorts[number]
+        parts = [whole.part] if len(places) == 1 else [_rows_of(whole.part, own) for own in places]
+        divided = [Cohort([whole.rows[at] for at in own], part) for own, part in zip(places, parts, strict=True)]
+        self.cohorts[number : number + 1] = divided
+        return divided
+
     def _marks(self) -> torch.Tensor:
         """Which slots are the rows' own, neither free nor padding: bool `[batch, slots]`, with what overflows."""
         if self.overflow is not None:
