@@ -225,7 +225,7 @@ class ADMSKVCache(
         only_new = False
         if isinstance(attention_mask, torch.Tensor):
             attention_mask, only_new = self._whole_mask(attention_mask, seen, new, batch)
-            if attention_mask.dim() == 2:
+            if attention_mask is not None and attention_mask.dim() == 2:
                 real = attention_mask[:, -new:].bool()
                 tail, *counts = torch.cat([real.flip(1).cumprod(1).sum(1).amin()[None], real.sum(1)]).tolist()
                 if min(counts) == new:
@@ -256,8 +256,8 @@ class ADMSKVCache(
         ]
         return arrival.positions, attention_mask
 
-    def _whole_mask(self, mask: torch.Tensor, seen: int, new: int, batch: int) -> tuple[torch.Tensor, bool]:
-        """The mask with a column for every token, and whether it was given for the new ones only."""
+    def _whole_mask(self, mask: torch.Tensor, seen: int, new: int, batch: int) -> tuple[torch.Tensor | None, bool]:
+        """The mask with a column for every token (None: no padding), and whether it was given for the new ones only."""
         if mask.dim() != 2:
             layer = self._first_full_layer()
             if layer is not None and (not layer.plain or layer.length + new > layer.capacity):
@@ -273,10 +273,14 @@ class ADMSKVCache(
             )
         if mask.shape[1] == seen + new:
             return mask, False
-        before = mask.new_ones(batch, seen)
         layer = self._first_full_layer()
+        sliding = len(self._full_layers()) < len(self.layers)
+        if bool(mask.all()) and (not isinstance(layer, PaddedLayer) or (layer.aligned and not sliding)):
+            # Nothing to tell, now or of what is held: a mask as long as the stream would have to be made at every step.
+            return None, True
+        before = mask.new_ones(batch, seen)
         if isinstance(layer, PaddedLayer):
-            if layer.aligned and len(self._full_layers()) < len(self.layers):
+            if layer.aligned and sliding:
                 raise ValueError(
                     f"attention_mask of shape {list(mask.shape)} must be [{batch}, {seen + new}]: with padding in the "
                     "batch, layers with a sliding window need the mask of all tokens"
