@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import torch
@@ -53,4 +54,7 @@ if __name__ == "__main__":
     torch.distributed.all_gather_object(everyone, mine)
     if torch.distributed.get_rank() == 0:
         sys.stdout.write("\n" + json.dumps(everyone) + "\n")
-    torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+    torch.distributed.barrier()
+    # All is said. The ordinary way out aborts one time in twenty with gloo and transformers 5.2, whatever the cache is.
+    os._exit(0)

@@ -175,7 +175,8 @@ def test_gradients_of_the_first_pass_are_the_models_own(implementation):
 @pytest.mark.parametrize("learnt", ["all", "queries only"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_a_backward_pass_after_later_passes_gives_the_gradients_of_its_own(learnt, implementation):
-    model, ids = make("llama", implementation), token_ids(70)
+    # As many KV heads as heads: nothing is repeated, so nothing is copied on the way.
+    model, ids = make("llama", implementation, num_key_value_heads=4), token_ids(70)
     if learnt != "all":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("q_proj" in name)
@@ -367,8 +368,8 @@ def give(model, cache, ids: torch.Tensor, chunk: int, error: type[BaseException]
 @pytest.mark.parametrize("error", [Broken, KeyboardInterrupt])
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("layer", [0, 1, 2])
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "llama"])
-@pytest.mark.parametrize("tokens,new", [(0, 4), (8, 4), (20, 4), (36, 4), (60, 4)])
+@pytest.mark.parametrize("family", ["gemma2", "llama"])
+@pytest.mark.parametrize("tokens,new", [(0, 4), (20, 4), (36, 4), (60, 4)])
 def test_a_failed_pass_is_taken_back_at_every_layer_of_every_kind(family, layer, after, error, tokens, new):
     model = make(family, "eager")
     failed, never = enable_adms_llm(model, BASE), enable_adms_llm(model, BASE)
@@ -384,7 +385,7 @@ def test_a_failed_pass_is_taken_back_at_every_layer_of_every_kind(family, layer,
 
 
 @pytest.mark.parametrize("error", [Broken, KeyboardInterrupt])
-@pytest.mark.parametrize("layer", range(10))
+@pytest.mark.parametrize("layer", [0, 1, 7, 8, 9])
 @pytest.mark.parametrize("config", [BASE, PLUS, PLUS_PER_LAYER], ids=["base", "adm++", "adm++ per layer"])
 @pytest.mark.parametrize("compactions,next_chunk", [(0, 1), (0, 4), (6, 1)])
 def test_all_layers_are_at_one_point_after_a_pass_that_failed_between_two_groups(
