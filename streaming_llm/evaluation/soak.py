@@ -59,19 +59,19 @@ class Census:
                 storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
         return cls(len(objects), tensors, sum(storages.values()))
 
-    def least(self, other: Census | None) -> Census:
-        """The smaller of each number."""
+    def joined(self, other: Census | None, choose: Callable[..., int]) -> Census:
+        """Each number chosen of the two."""
         if other is None:
             return self
-        return Census(*(min(pair) for pair in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+        return Census(*(choose(pair) for pair in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
 class SoakResult:
     """What was seen, up to the first violation: `violation` is its sentence, None where all held.
 
-    `highest_position`: the largest position id any rotary module was given. `start` and `end`: the least that was
-    alive at the counts of the first half and of the second; None where there were none. `resident_*`: bytes of the process
+    `highest_position`: the largest position id any rotary module was given. `start` and `end`: the most that was alive at
+    the counts of the first quarter, the least of the last; None where there were none. `resident_*`: bytes of the process
     at the first of these counts and the last.
     """
 
@@ -155,8 +155,8 @@ def soak(
 
     `bound`: most tokens a head may hold after a forward pass. `window`: what every position must stay below. Objects and
     tensors are counted once the cache has been full for some time, then `COUNTS` times, with `on_count(tokens, census)`: the
-    least that is alive in the second half must not be more than in the first. (Not the most: a cache whose layers trade
-    budget has more tensors at some times than at others.)
+    least that is alive in the last quarter must not be more than the most of the first. (A cache whose layers trade budget
+    has more tensors at some times than at others.)
     """
     vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(seed)
@@ -185,10 +185,11 @@ def soak(
             elif seen >= due or seen == tokens:
                 census, resident = Census.take(), settled_resident()
                 # The first count is to have counted and told once, which leaves objects of its own.
-                if due > settled and seen <= (settled + tokens) // 2:
-                    start, resident_start = census.least(start), resident_start or resident
-                elif due > settled:
-                    end, resident_end = census.least(end), resident
+                passed = (seen - settled) / max(1, tokens - settled)
+                if due > settled and passed <= 0.25:
+                    start, resident_start = census.joined(start, max), resident_start or resident
+                elif due > settled and passed > 0.75:
+                    end, resident_end = census.joined(end, min), resident
                 due += step
                 if on_count is not None:
                     on_count(seen, census)
@@ -213,11 +214,11 @@ def soak(
 
 def _growth(start: Census, now: Census) -> str | None:
     if now.tensors > start.tensors:
-        return f"{now.tensors} tensors are alive at least; there were {start.tensors}"
+        return f"{now.tensors} tensors are alive at least; there were {start.tensors} at most"
     if now.tensor_bytes > start.tensor_bytes:
-        return f"tensors take at least {now.tensor_bytes:,} bytes; they took {start.tensor_bytes:,}"
+        return f"tensors take at least {now.tensor_bytes:,} bytes; they took {start.tensor_bytes:,} at most"
     if now.objects > start.objects + SPARE_OBJECTS:
-        return f"{now.objects:,} Python objects are alive at least; there were {start.objects:,}"
+        return f"{now.objects:,} Python objects are alive at least; there were {start.objects:,} at most"
     return None
 
 
