@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import os
 
-import pytest
-import torch
+# Tests run in two processes: each with one thread, and so do the processes they start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 # (mode of generate, model type): "pass", "refused: ...", "pending: ..." or "FAILED", as tests/test_generate.py found it.
 GENERATE_TABLE: dict[tuple[str, str], str] = {}
+
+
+def pytest_sessionfinish(session):
+    """A process that ran tests hands its part of the table to the one that prints it."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["generate_table"] = [[*key, cell] for key, cell in GENERATE_TABLE.items()]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Take over what such a process found."""
+    found = getattr(node, "workeroutput", {}).get("generate_table", ())
+    GENERATE_TABLE.update({(mode, family): cell for mode, family, cell in found})
 
 
 def pytest_terminal_summary(terminalreporter):
