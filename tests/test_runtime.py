@@ -471,9 +471,8 @@ def test_what_comes_between_an_interrupt_and_the_next_pass_finds_the_cache_as_it
     assert torch.equal(*(stream(MODEL, more, cache, 4) for cache in caches))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_without_the_hooks_a_cache_half_filled_by_a_failed_pass_says_so(family):
-    model = make(family, "eager")
+def test_without_the_hooks_a_cache_half_filled_by_a_failed_pass_says_so():
+    model = make("llama", "eager")
     cache = ADMSKVCache(BASE, model_config=model.config)
     stream(model, token_ids(20), cache, 4)
     with failing(model, 2):
