@@ -368,7 +368,7 @@ class PaddedLayer(ADMSLayer):
 
     def attention_bias(self, new: int, groups: int, dtype: torch.dtype) -> torch.Tensor:
         """As `ADMSLayer.attention_bias`, each row with its own length."""
-        lowest = torch.finfo(dtype).min
+        lowest = torch.finfo(dtype).min / 2
         empty = any(cohort.part.length == 0 for cohort in self.cohorts)
         if new == 1 and self.overflow is None and not empty:
             return super().attention_bias(new, groups, dtype)
