@@ -236,17 +236,14 @@ def test_falcon_whose_attention_log_mass_cannot_reach_is_refused_by_name():
     assert torch.equal(stream(model, ids, cache, 5), expected)
 
 
-@pytest.mark.parametrize("rope_type", ["default", "longrope"])
-def test_phi3_keeps_the_cache_past_the_length_where_it_would_drop_it(rope_type, caplog):
-    settings = {"default": rope("default"), "longrope": rope("longrope", **LONGROPE)}[rope_type]
-    model = make("phi3", original_max_position_embeddings=40, **settings)
+def test_phi3_keeps_the_cache_past_the_length_where_it_would_drop_it():
+    model = make("phi3", original_max_position_embeddings=40, **rope("default"))
     model.generation_config.eos_token_id = None
     ids = token_ids(30)
     cache = enable_adms_llm(model, rank=8)
     # As a loop by hand: generate itself would go on with a new cache.
     said = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=30)
     assert cache.get_seq_length() == 59
-    assert ("LongRoPE" in caplog.text) == (rope_type == "longrope")
     other = DynamicCache(config=model.config)
     logits = [stream(model, said[:, :30], other, 30)[:, -1:], stream(model, said[:, 30:-1], other, 1)]
     assert torch.equal(torch.cat(logits, dim=1).argmax(-1), said[:, 30:])
@@ -254,11 +251,27 @@ def test_phi3_keeps_the_cache_past_the_length_where_it_would_drop_it(rope_type, 
     ids, cache = token_ids(60), enable_adms_llm(model, rank=8)
     model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=4)
     assert cache.get_seq_length() == 63
-    assert caplog.text.count("LongRoPE") == (rope_type == "longrope")
     model_of_its_own = copy.deepcopy(model)
     assert model_of_its_own.prepare_inputs_for_generation.args[0] is model_of_its_own
     disable_adms_llm(model)
     assert "prepare_inputs_for_generation" not in model.__dict__
+
+
+def test_phi3_with_longrope_stays_below_the_length_where_its_frequencies_change():
+    model = make(
+        "phi3",
+        original_max_position_embeddings=60,
+        **rope("longrope", **{**LONGROPE, "original_max_position_embeddings": 60}),
+    )
+    model.generation_config.eos_token_id = None
+    ids, cache = token_ids(30), enable_adms_llm(model, **SMALL)
+    said = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=90)
+    assert said.shape[1] == 120 and cache.get_seq_length() == 119 and cache.window.offsets[0] > 0
+    assert cache.layers[0].held.pos.max() < cache.window.limit == 60
+    # What can't be is refused by name: a pass longer than that, and a cache that would hold more.
+    with pytest.raises(ValueError, match="70 new tokens beside .* held do not fit into the 60 positions"):
+        model.generate(token_ids(70), past_key_values=enable_adms_llm(model, **SMALL), max_new_tokens=4)
+    model.generate(token_ids(70), past_key_values=enable_adms_llm(model, **SMALL), max_new_tokens=4, prefill_chunk_size=8)
 
 
 UNSUPPORTED = {
