@@ -54,6 +54,7 @@ class SessionMixin:
         "window",
         "ropes",
         "ranks",
+        "keys_as",
         "_arrival",
         "_followed",
         "_before",
