@@ -239,10 +239,10 @@ class ADMSKVCache(
         masked = isinstance(attention_mask, torch.Tensor)
         arrival = Arrival(real=real, counts=counts, masked=masked, tail=tail)
         # Refused before anything changes: what a compaction would make room for can only be fewer slots.
-        self.window.plan(first, last, self._slots_after(new, arrival))
+        self.window.plan(first, last, self._slots(new, counts))
         self._room = new, batch, arrival
         self._make_room(*self._room)
-        shifts = self.window.plan(first, last, self._slots_in_use())
+        shifts = self.window.plan(first, last, self._slots())
         if any(shifts):
             self._move_window(shifts, device)
         following = self.window.following
@@ -289,20 +289,13 @@ class ADMSKVCache(
                 before = layer.real[:, :seen].to(mask)
         return torch.cat([before, mask], dim=1), True
 
-    def _slots_in_use(self) -> list[int]:
-        """Slots each row uses in the layer where they are most; one number where all rows use as many."""
+    def _slots(self, new: int = 0, counts: list[int] | None = None) -> list[int]:
+        """Slots each row uses in the layer where they are most, after the compactions that `new` more tokens make necessary;
+        one number where all rows use as many."""
         layers = [layer for layer in self._full_layers() if layer.is_initialized]
         if not layers:
             return [self.get_seq_length()]
-        return [max(numbers) for numbers in zip(*(layer.row_lengths() for layer in layers), strict=True)]
-
-    def _slots_after(self, new: int, arrival: Arrival) -> list[int]:
-        """The same after the compactions that the new tokens make necessary."""
-        layers = [layer for layer in self._full_layers() if layer.is_initialized]
-        if not layers:
-            return [self.get_seq_length()]
-        rows = (layer.row_lengths(new, arrival.counts) for layer in layers)
-        return [max(numbers) for numbers in zip(*rows, strict=True)]
+        return [max(numbers) for numbers in zip(*(layer.row_lengths(new, counts) for layer in layers), strict=True)]
 
     def _make_room(self, new: int, batch: int, arrival: Arrival) -> None:
         """Compact what is due before the new tokens come; from the first padding on, each row by itself."""
