@@ -587,9 +587,22 @@ def read_until(process, mark="", least=0, seconds=120):
     return text.decode("utf-8", "replace")
 
 
+@pytest.fixture
+def endless_folder(chat_folder, tmp_path):
+    """The model of `chat_folder` with answers that never end: of two tokens with opposite logits one is above the end's 0."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(chat_folder), AutoTokenizer.from_pretrained(chat_folder)
+    with torch.no_grad():
+        weight = model.lm_head.weight
+        weight[tokenizer.eos_token_id] = 0
+        weight[tokenizer.convert_tokens_to_ids("b")] = -weight[tokenizer.convert_tokens_to_ids("a")]
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
 @pytest.mark.skipif(os.name == "nt", reason="sends a signal")
-def test_a_real_interrupt_stops_the_answer_and_not_the_chat(arguments):
-    process = start([*arguments, "--max_new_tokens", "1000000"])
+def test_a_real_interrupt_stops_the_answer_and_not_the_chat(arguments, endless_folder):
+    process = start([*arguments, "--model_name_or_path", str(endless_folder), "--max_new_tokens", "1000000"])
     try:
         read_until(process, "Ctrl-D leaves.\n> ")
         for _ in range(3):
