@@ -88,6 +88,8 @@ class ADMSKVCache(
                 layers.append(_layer(config, wired) if width is None else DynamicSlidingWindowLayer(width))
         for layer, rope in zip(layers, ropes or (), strict=False):
             layer.rope = rope
+        for layer in layers:
+            layer.limit = None if window is None else window.limit
         super().__init__(layers=layers)
         self.config = config
         self.wired = wired

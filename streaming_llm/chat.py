@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TemperatureLo
 
 from .cache import ADMSKVCache
 from .layer import ADMSLayer
+from .model_facts import cache_argument
 from .tokens import EXACT, PRECISION, RECENT, REPLAY, SINK, SKETCH, TIER_NAMES
 
 # Stand-ins for what was said, by which the template's own text between two turns is found.
@@ -192,7 +193,7 @@ class Chat:
         ids = torch.tensor([tokens], device=self.model.device)
         try:
             # `generate` can't be used: given new tokens only, it wants a mask as long as the stream, or slices them.
-            output = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            output = self.model(input_ids=ids, **cache_argument(self.model, self.cache), use_cache=True, logits_to_keep=1)
         except BaseException:
             # The cache's own hook is not called on KeyboardInterrupt, which torch does not count as an exception there.
             self.cache.abort_forward()

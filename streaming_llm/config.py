@@ -96,6 +96,12 @@ class ADMSConfig:
     score_decay: float = _setting(
         0.9, "what is left of a remembered score after 64 tokens without attention", low=0.0, high=1.0
     )
+    mass_decay: float = _setting(
+        0.97,
+        "what is left after 64 tokens of the weight a token has for others, in streams past the model's trained length",
+        low=0.0,
+        high=1.0,
+    )
     protect_exact: bool = _setting(
         False, "tokens chosen by importance never stand for others: their value and log-mass stay exact too"
     )

@@ -263,8 +263,8 @@ def wire(model: PreTrainedModel, base: str, cache: ADMSKVCache) -> None:
 def _prepare_inputs(model: PreTrainedModel, input_ids: torch.Tensor, *args, **kwargs) -> dict[str, Any]:
     """The model's own `prepare_inputs_for_generation`, except where that loses sight of an `ADMSKVCache`."""
     own = type(model).prepare_inputs_for_generation
-    cache = kwargs.get("past_key_values")
-    if not isinstance(cache, ADMSKVCache):
+    cache = _given_cache(kwargs)
+    if cache is None:
         return own(model, input_ids, *args, **kwargs)
     seen, length = cache.get_seq_length(), input_ids.shape[1]
     positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
@@ -284,6 +284,14 @@ def _prepare_inputs(model: PreTrainedModel, input_ids: torch.Tensor, *args, **kw
     return own(model, input_ids, *args, **kwargs)
 
 
+def _given_cache(given: dict[str, Any]) -> ADMSKVCache | None:
+    """The cache among the arguments, where it is one of ours; since transformers 5.24 models call it `cache`."""
+    for name in ("past_key_values", "cache"):
+        if isinstance(given.get(name), ADMSKVCache):
+            return given[name]
+    return None
+
+
 def _arguments(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
     if not args:
         return kwargs
@@ -292,8 +300,8 @@ def _arguments(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict[str, 
 
 def _before_forward(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     given = _arguments(module, args, kwargs)
-    cache = given.get("past_key_values")
-    if not isinstance(cache, ADMSKVCache):
+    cache = _given_cache(given)
+    if cache is None:
         return None
     tokens = given.get("input_ids")
     if tokens is None:
@@ -324,7 +332,7 @@ def _before_logits(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
     """Refuse right padding where the logits asked for are those of padding."""
     mask = kwargs.get("attention_mask")
     kept = kwargs.get("logits_to_keep")
-    if type(kept) is not int or kept != 1 or not isinstance(kwargs.get("past_key_values"), ADMSKVCache):
+    if type(kept) is not int or kept != 1 or _given_cache(kwargs) is None:
         return
     if isinstance(mask, torch.Tensor) and mask.dim() == 2 and bool(((mask[:, -1] == 0) & mask.bool().any(-1)).any()):
         raise ValueError(
@@ -334,8 +342,8 @@ def _before_logits(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
 
 
 def _after_forward(module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-    cache = _arguments(module, args, kwargs).get("past_key_values")
-    if not isinstance(cache, ADMSKVCache):
+    cache = _given_cache(_arguments(module, args, kwargs))
+    if cache is None:
         return
     cache.keys_as = None
     if output is None:

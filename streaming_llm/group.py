@@ -21,12 +21,15 @@ CPU_LAYERS = 8
 STORED = ("buffer", "query_buffer", *STATES)
 _SHARED = (
     "length",
+    "seen",
+    "limit",
     "width",
     "rounds",
     "compacted",
     "queries_seen",
     "query_count",
     "query_folded",
+    "query_last",
     "query_scale",
     "query_softcap",
 )

@@ -142,6 +142,19 @@ def _probability_sums(queries: Queries, keys: torch.Tensor, beta: torch.Tensor) 
 
 
 @torch.no_grad()
+def less_drawn(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """By how much a token's log-mass must fall for it to draw no more than before, float32 `[batch, kv_heads, tokens]`.
+
+    `before`, `after`: what `attention_logits` gave of the same queries, tokens and log-masses. What is compared is the sum
+    over the queries of the probabilities, both over the weights that all tokens had before. 0 where a token draws less now.
+    """
+    before, after = before.flatten(2, 3), after.flatten(2, 3)
+    normaliser = before.logsumexp(-1, keepdim=True)
+    more = (after - normaliser).logsumexp(2) - (before - normaliser).logsumexp(2)
+    return torch.nan_to_num(more, nan=0.0, posinf=0.0, neginf=0.0).clamp_min(0.0)
+
+
+@torch.no_grad()
 def remember(
     tokens: WeightedTokens, mass: torch.Tensor, square: torch.Tensor, queries: int, window: int, decay: float
 ) -> None:

@@ -25,13 +25,13 @@ from .controller import (
     reconstruction_energy,
     update_controller,
 )
-from .importance import Queries, attention_statistics, importance, spread_over_segments
+from .importance import Queries, attention_logits, attention_statistics, importance, less_drawn, spread_over_segments
 from .middle import compress_with_originals, place_made_tokens
 from .recall import Originals
 from .replay import ReplayState
 from .rope import Rope
 from .state import HeadState
-from .tokens import EXACT, PRECISION, RECENT, SINK, SKETCH, WeightedTokens, concatenate, top_slots
+from .tokens import EXACT, PRECISION, RECENT, SINK, SKETCH, WeightedTokens, concatenate, lighten, top_slots
 
 # Of a prefill's queries before its last window, every fourth is scored: nearly as telling, at a quarter of the cost.
 _PREFILL_STEP = 4
@@ -107,6 +107,7 @@ class ADMSLayer(CacheLayerMixin):
         "query_buffer",
         "query_count",
         "query_folded",
+        "query_last",
         "query_scale",
         "query_softcap",
         "record_past",
@@ -129,6 +130,7 @@ class ADMSLayer(CacheLayerMixin):
         self.wired = wired
         self.compressor: Compressor = get_compressor(config.compressor_type)(config)
         self.rope: Rope | None = None
+        self.limit: int | None = None
         self.profile = False
         self.compaction_seconds = 0.0
         self._forget()
@@ -148,6 +150,7 @@ class ADMSLayer(CacheLayerMixin):
         self.query_buffer: torch.Tensor | None = None
         self.query_count = 0
         self.query_folded = 0
+        self.query_last = 0
         self.query_scale = 1.0
         self.query_softcap: float | None = None
         self.variance_ema: torch.Tensor | None = None
@@ -425,7 +428,7 @@ class ADMSLayer(CacheLayerMixin):
         def row(beta: torch.Tensor) -> torch.Tensor:
             batch, heads, tokens = beta.shape
             beta = beta.clamp_min(lowest).to(dtype)[:, :, None, None]
-            return beta.expand(batch, heads, groups, 1, tokens).reshape(batch, heads * groups, 1, tokens)
+            return beta.expand(batch, heads, groups, 1, tokens).reshape(batch, heads * groups, 1, tokens).contiguous()
 
         if self.overflow is not None:
             bias = row(self.overflow.beta)
@@ -530,6 +533,9 @@ class ADMSLayer(CacheLayerMixin):
         self.query_buffer[:, :, :, start : self.query_count] = states
 
     def _keep_queries(self, keep: int) -> None:
+        # None kept: they stay where they are until new ones take their place, for `newest_queries`.
+        if keep or self.query_count:
+            self.query_last = 0 if keep else self.query_count
         keep = min(keep, self.query_count)
         first = self.query_count - keep
         if first and keep:
@@ -543,6 +549,20 @@ class ADMSLayer(CacheLayerMixin):
             return None
         states = self.query_buffer[:, :, :, start : self.query_count]
         return Queries(states, self.query_scale, None, self.query_softcap)
+
+    @property
+    def query_slots_used(self) -> int:
+        """Slots of the query buffer that hold any, those from before the last compaction included."""
+        return max(self.query_count, self.query_last)
+
+    def newest_queries(self) -> Queries | None:
+        """The newest queries there still are, at most `recent_size`; None without. The last belongs to the newest token."""
+        if not self.query_slots_used:
+            return None
+        states = self.query_buffer[:, :, :, : self.query_slots_used]
+        if self.query_last > self.query_count:
+            states = states.roll(-self.query_count, dims=3)
+        return Queries(states, self.query_scale, None, self.query_softcap).last(self.config.recent_size)
 
     def _fold(self, queries: Queries, held: WeightedTokens, step: int = 1) -> None:
         # Of the queries since the last compaction all are scored: every second was measured to be worse.
@@ -593,6 +613,7 @@ class ADMSLayer(CacheLayerMixin):
             width = self.width if width is None else width
             first, last = sinks, source.length - recent
             if self._can_compact:
+                self._forget_mass(source)
                 if last - first <= width:
                     # The widest head may keep more than there is: unused slots stand for what it can't fill.
                     spare = WeightedTokens.empty(source.keys, source.values, width + 1 - (last - first))
@@ -629,6 +650,14 @@ class ADMSLayer(CacheLayerMixin):
             if self.query_buffer is not None:
                 self._keep_queries(needed)
         self._compacting = False
+
+    def _forget_mass(self, source: WeightedTokens) -> None:
+        """Past the trained length, let what tokens weigh beyond themselves fade by `mass_decay` each 64 tokens, in place."""
+        if self.limit is None or self.seen <= self.limit or not self.compacted or self.config.mass_decay == 1:
+            return
+        share = self.config.mass_decay ** ((source.length - self.resting_length) / 64)
+        # log(1 + (exp(beta) - 1) * share), which no log-mass overflows.
+        lighten(source, lambda beta: beta + torch.log(share + (1 - share) * torch.exp(-beta)))
 
     def _output_before(self, source: WeightedTokens) -> tuple[Queries, torch.Tensor, torch.Tensor] | None:
         """For the controller, where this compaction is measured: queries, their output, the middle's attention mass."""
@@ -780,18 +809,28 @@ class ADMSLayer(CacheLayerMixin):
         What would come before its own slot's number, counted from the first sink, stays there: sinks do not move, the middle
         closes up in its order, and the recent window keeps its distances as long as `shift` leaves the newest token at a
         position that is no less than its slot.
+
+        A log-mass was made for the distances at which the queries were: from another one a token that stands for thousands
+        may draw nearly everything. So none that weighs more than itself draws more of the newest queries than before.
         """
         if not self.is_initialized:
             return
         shift = shift.to(self.device)
-        if self._turns and self.dtype.itemsize < 4 and not self.buffer.exact:
+        if self._turns and self.dtype.itemsize < 4:
             self._keep_exact()
         by = shift.view(-1, 1, 1).to(torch.float32)
         held = self.buffer.slice(0, self.length)
         slots = torch.arange(self.length, device=self.device, dtype=torch.float32)
+        queries = self.newest_queries() if self._turns and self.compacted else None
+        before = None if queries is None else attention_logits(queries, held.keys, held.beta)
         self._move(held, torch.where(by > 0, torch.maximum(held.pos - by, slots), held.pos))
         self._move_states(by)
-        self._move_queries(shift, self.query_count)
+        self._move_queries(shift)
+        if before is not None:
+            after = attention_logits(self.newest_queries(), held.keys, held.beta)
+            less = less_drawn(before, after)
+            lighten(held, lambda beta: beta - less)
+            self._bias = None
 
     @property
     def _turns(self) -> bool:
@@ -807,9 +846,9 @@ class ADMSLayer(CacheLayerMixin):
             for positions in (self.calibration.synthetic, self.calibration.true):
                 positions.sub_(by * self.calibration.valid)
 
-    def _move_queries(self, shift: torch.Tensor, count: int) -> None:
-        if self._turns and self.query_buffer is not None and count:
-            states = self.query_buffer[:, :, :, :count]
+    def _move_queries(self, shift: torch.Tensor) -> None:
+        if self._turns and self.query_slots_used:
+            states = self.query_buffer[:, :, :, : self.query_slots_used]
             states.copy_(self.rope.shift(states, -shift.view(-1, 1, 1, 1)))
 
     def _move(self, tokens: WeightedTokens | Originals, pos: torch.Tensor) -> None:
@@ -820,6 +859,8 @@ class ADMSLayer(CacheLayerMixin):
         tokens.pos.copy_(pos)
 
     def _keep_exact(self) -> None:
+        if self.buffer.exact and (self.originals is None or self.originals.exact):
+            return
         if self.group is not None:
             self.group.keep_exact()
             return
@@ -844,6 +885,7 @@ class ADMSLayer(CacheLayerMixin):
         self.overflow = None
         end = self.length
         self.length, self.seen, self.query_count, self.query_folded = self._undo
+        self.query_last = 0
         self._restore()
         self._reuse(self.length, end)
         self._undo = None
@@ -910,8 +952,13 @@ class ADMSLayer(CacheLayerMixin):
         elif waiting:
             self._waiting, gone = None, gone - waiting
         if self._waiting is None:
-            self.query_count = max(0, self.query_count - gone)
-            self.query_folded = min(self.query_folded, self.query_count)
+            self._remove_queries(gone)
+
+    def _remove_queries(self, gone: int) -> None:
+        # What came before a compaction is still there only where nothing has taken its place.
+        self.query_last = 0 if self.query_count else max(0, self.query_last - gone)
+        self.query_count = max(0, self.query_count - gone)
+        self.query_folded = min(self.query_folded, self.query_count)
 
     def reset(self) -> None:
         """Forget everything, as a new layer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import zlib
@@ -27,6 +28,11 @@ _FACTS = (
 )
 # Numbers looked at in each parameter, and differences a message names.
 _SAMPLE, _NAMED = 64, 4
+
+
+def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """A cache as the keyword argument the model takes it by: `cache` since transformers 5.24, `past_key_values` before."""
+    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
 
 
 def describe_model(model: torch.nn.Module) -> dict[str, Any]:

@@ -20,6 +20,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from .model_facts import cache_argument
+
 SUPPORTED_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional")
 
 # Families that mix sliding and full attention and rotate keys in the sliding layers only; their configs do not say so.
@@ -316,7 +318,7 @@ def check_rope(model: nn.Module, ropes: Sequence[Rope]) -> None:
                 # From the middle of the vocabulary: its ends hold padding and reserved tokens, which may embed to 0.
                 input_ids=torch.full((2, 1), config.vocab_size // 2, device=device),
                 position_ids=torch.tensor([[0], [far]], device=device),
-                past_key_values=cache,
+                **cache_argument(decoder, cache),
                 use_cache=True,
             )
     except Exception as error:

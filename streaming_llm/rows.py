@@ -47,7 +47,8 @@ class PaddedLayer(ADMSLayer):
     def __init__(self, layer: ADMSLayer, batch: int):
         super().__init__(layer.config, layer.wired)
         layer.accept()
-        self.rope, self.profile, self.compaction_seconds = layer.rope, layer.profile, layer.compaction_seconds
+        self.rope, self.limit = layer.rope, layer.limit
+        self.profile, self.compaction_seconds = layer.profile, layer.compaction_seconds
         self.record_past, self.seen, self.length = layer.record_past, layer.seen, layer.length
         self.query_scale, self.query_softcap, self.queries_seen = layer.query_scale, layer.query_softcap, layer.queries_seen
         layer.group = None
@@ -246,7 +247,8 @@ class PaddedLayer(ADMSLayer):
     def unpadded(self) -> ADMSLayer:
         """A layer without rows, as new."""
         layer = ADMSLayer(self.config, self.wired)
-        layer.rope, layer.profile, layer.compaction_seconds = self.rope, self.profile, self.compaction_seconds
+        layer.rope, layer.limit = self.rope, self.limit
+        layer.profile, layer.compaction_seconds = self.profile, self.compaction_seconds
         return layer
 
     # -- a pass ----------------------------------------------------------------------------------------------------------
@@ -430,6 +432,7 @@ class PaddedLayer(ADMSLayer):
         self.length, self.seen, self.tail, self.offsets, self.query_offsets = self._undo
         for part, *numbers in self._undo_parts:
             part.length, part.seen, part.query_count, part.query_folded = numbers
+            part.query_last = 0
         if self._saved is not None:
             for name, tensor in self._saved.items():
                 if name == "query_buffer":
@@ -484,14 +487,13 @@ class PaddedLayer(ADMSLayer):
             return
         if not self.aligned:
             self.align()
-        shift = shift.to(self.device)
-        super().move_window(shift)
-        self._move_queries(shift, self.config.query_slots)
+        if self._turns and self.dtype.itemsize < 4:
+            self.buffer = self.buffer.with_exact()
         for cohort in self.cohorts:
-            part = cohort.part
-            if self.buffer.exact and part.originals is not None:
-                part.originals = part.originals.with_exact()
-            part._move_states(shift[self._index(cohort)].view(-1, 1, 1).to(torch.float32))
+            shifts = shift.to(self.device)[self._index(cohort)]
+            if bool(shifts.any()):
+                self.lend(cohort).move_window(shifts)
+                self.give_back(cohort)
 
     def check_crop(self, gone: int) -> None:
         """Raise `ValueError` where the last `gone` tokens can't be removed; padding can't be told from tokens later on."""
@@ -520,9 +522,7 @@ class PaddedLayer(ADMSLayer):
         else:
             self._waiting = self.overflow = None
             for cohort in self.cohorts:
-                part = cohort.part
-                part.query_count = max(0, part.query_count - (gone - taken))
-                part.query_folded = min(part.query_folded, part.query_count)
+                cohort.part._remove_queries(gone - taken)
             self.query_offsets = (self.query_offsets - (gone - taken)).clamp_min(0)
         if self.aligned:
             self._agree()

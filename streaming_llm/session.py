@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 FORMAT, VERSION = "adms-session", "1"
 
 # Of these only the first slots are in use: what counts them, and the dimension they are in.
-_PARTLY_USED = {"buffer": ("length", 2), "query_buffer": ("query_count", 3)}
+_PARTLY_USED = {"buffer": ("length", 2), "query_buffer": ("query_slots_used", 3)}
 # What transformers' own sliding layers remember beside keys and values.
 _SLIDING = ("cumulative_length", "record_past")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -187,6 +188,20 @@ class WeightedTokens:
             count=self.count.masked_fill(~keep, 0),
             tier=self.tier.masked_fill(~keep, UNUSED),
         )
+
+
+def lighten(tokens: WeightedTokens, lighter: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Lower log-masses, in place: what tokens weigh beyond themselves becomes less, and the masses with it.
+
+    Args:
+        tokens: those with a log-mass above 0 are changed, and none of them below `CHANGED`.
+        lighter: the new log-masses, made from the old.
+    """
+    beta = torch.where(tokens.beta > CHANGED, lighter(tokens.beta).clamp_min(CHANGED), tokens.beta)
+    share = torch.where(tokens.valid, beta - tokens.beta, 0.0).exp()
+    tokens.beta.copy_(beta)
+    tokens.mass.mul_(share)
+    tokens.square.mul_(share.square())
 
 
 def gather_tokens(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,8 @@ TIE = 1e-5
 PREFILL_STEP, FAINT, RIDGE, ITERATIONS = 4, 0.1, 0.01, 2
 # `low_rank._ROUNDING`: the least the ridge is, as a part of the keys' mean square; felt only where keys do not differ.
 ROUNDING = 2.0**-23
+# `tokens.CHANGED`: the least a token that was given a log-mass keeps of it.
+CHANGED = 1e-7
 NAME = "plain_reference"
 
 # -- the merge -----------------------------------------------------------------------------------------------------------
@@ -197,7 +199,10 @@ class PlainHead:
         self.config = config
         self.tokens: list[dict] = []
         self.queries: list[torch.Tensor] = []
+        self.earlier: list[torch.Tensor] = []
         self.folded = 0
+        self.seen = 0
+        self.limit: int | None = None
         self.scale, self.softcap = 1.0, None
         self.compactions = 0
         self.margins: list[float] = []
@@ -217,6 +222,7 @@ class PlainHead:
     def append(self, keys: torch.Tensor, values: torch.Tensor, positions: list[int]) -> None:
         self.make_room(len(keys))
         for key, value, pos in zip(keys.double(), values.double(), positions, strict=True):
+            self.seen += 1
             fresh = {"beta": 0.0, "score": 0.0, "mass": 0.0, "square": 0.0, "count": 1, "tier": "recent"}
             self.tokens.append({"key": key, "value": value, "pos": pos, **fresh})
 
@@ -243,12 +249,22 @@ class PlainHead:
         new, slots = len(queries), self.config.compression_interval
         if len(self.queries) + new > slots:
             self.fold_waiting(len(self.tokens) - new)
-            self.queries, self.folded = [], 0
+            self.set_aside()
             if new >= slots:
                 self.fold(queries, len(self.tokens), new)
                 self.queries, self.folded = queries[new - slots :], slots
                 return
         self.queries = self.queries + queries
+
+    def set_aside(self) -> None:
+        """The queries count no more; until as many new ones have come they are still among the newest."""
+        self.earlier = self.queries or self.earlier
+        self.queries, self.folded = [], 0
+
+    def newest(self) -> list[torch.Tensor]:
+        """The newest queries, as many as were set aside last or have come since, at most `recent_size`."""
+        number = min(max(len(self.queries), len(self.earlier)), self.config.recent_size)
+        return (self.earlier + self.queries)[-number:] if number else []
 
     def fold_waiting(self, length: int) -> None:
         waiting = self.queries[self.folded :]
@@ -260,6 +276,7 @@ class PlainHead:
         new, slots = len(queries), self.config.compression_interval
         before = len(self.tokens) - new
         self.fold_waiting(before)
+        self.set_aside()
         ends = list(range(new, 0, -self.config.attention_window))
         for stop in reversed(ends):
             start = max(0, stop - self.config.attention_window)
@@ -295,6 +312,7 @@ class PlainHead:
         """Sinks and recent window stay; the middle is reduced to the budget."""
         config = self.config
         assert self.compactable
+        self.forget()
         first, last = config.dynamic_start_size, len(self.tokens) - config.recent_size
         sinks, middle, recent = self.tokens[:first], self.tokens[first:last], self.tokens[last:]
         kept = self.compressed(middle) if config.compressed_budget else []
@@ -303,8 +321,36 @@ class PlainHead:
         for token in recent:
             token["tier"] = "recent"
         self.tokens = sinks + kept + recent
-        self.queries, self.folded = [], 0
+        self.set_aside()
         self.compactions += 1
+
+    def forget(self) -> None:
+        """Past the trained length what tokens weigh for others fades."""
+        config = self.config
+        if not self.compactions or self.limit is None or self.seen <= self.limit:
+            return
+        since = len(self.tokens) - config.dynamic_start_size - config.compressed_budget - config.recent_size
+        left = config.mass_decay ** (since / 64)
+        for token in self.tokens:
+            if token["beta"] > CHANGED:
+                lighten(token, math.log(1 + (math.exp(token["beta"]) - 1) * left))
+
+    def drawn(self, queries: list[torch.Tensor], sums: list[list[float]] | None = None) -> tuple[list[float], list]:
+        """What each token draws of the queries, and each query's sum of weights; `sums`: divide by these instead."""
+        draws, own = [0.0] * len(self.tokens), []
+        for age, groups in enumerate(reversed(queries)):
+            own.append([])
+            for number, query in enumerate(groups):
+                weights = []
+                for token in self.tokens[: len(self.tokens) - age]:
+                    logit = float(token["key"] @ query) * self.scale
+                    if self.softcap is not None:
+                        logit = self.softcap * math.tanh(logit / self.softcap)
+                    weights.append(math.exp(logit + token["beta"]))
+                own[-1].append(sum(weights))
+                for slot, weight in enumerate(weights):
+                    draws[slot] += weight / (own[-1][-1] if sums is None else sums[age][number])
+        return draws, own
 
     def compressed(self, middle: list[dict]) -> list[dict]:
         config, budget = self.config, self.config.compressed_budget
@@ -346,12 +392,31 @@ class PlainHead:
         return result
 
     def rebase(self, d: int, inv_freq: torch.Tensor) -> None:
-        """Every token moves `d` positions back, but not before its slot; the stored queries move with the newest."""
+        """Every token moves `d` positions back, but not before its slot; the stored queries move with the newest.
+
+        What weighs more than itself then draws no more than before.
+        """
+        before, sums = self.drawn(self.newest()) if self.compactions else ([], [])
         for slot, token in enumerate(self.tokens):
             new = max(token["pos"] - d, slot)
             token["key"] = turned(token["key"], new - token["pos"], inv_freq)
             token["pos"] = new
-        self.queries = [torch.stack([turned(q, -d, inv_freq) for q in groups]) for groups in self.queries]
+        self.queries, self.earlier = (
+            [torch.stack([turned(q, -d, inv_freq) for q in groups]) for groups in some]
+            for some in (self.queries, self.earlier)
+        )
+        if sums:
+            after, _ = self.drawn(self.newest(), sums)
+            for token, old, new in zip(self.tokens, before, after, strict=True):
+                if token["beta"] > CHANGED and new > old:
+                    lighten(token, token["beta"] - math.log(new / old))
+
+
+def lighten(token: dict, beta: float) -> None:
+    """A lower log-mass for a token that weighs more than itself, its masses with it; it never weighs less than itself."""
+    beta = max(beta, CHANGED)
+    share = math.exp(beta - token["beta"])
+    token["beta"], token["mass"], token["square"] = beta, token["mass"] * share, token["square"] * share**2
 
 
 def turned(state: torch.Tensor, delta: int, inv_freq: torch.Tensor) -> torch.Tensor:
@@ -425,6 +490,7 @@ class PlainCache(Cache):
             so that the next position is the number of slots in use, or `target` where that is more. None: they only grow.
             A compaction due in the coming pass comes before the move; one after a long pass has its move before the next.
         at_compaction: move back at each compaction instead, to the number of slots in use after it.
+        limit: tokens from which on what is merged fades; None for `window`.
 
     Attributes:
         given: the position the row's next token would have if nothing had moved.
@@ -441,6 +507,7 @@ class PlainCache(Cache):
         window: int | None = None,
         target: int | None = None,
         at_compaction: bool = False,
+        limit: int | None = None,
     ):
         modules = ("sketch_budget", "replay_budget", "enable_position_calibration", "enable_adaptive_controller")
         others = ("use_adaptive_budget", "coverage_priority")
@@ -450,6 +517,7 @@ class PlainCache(Cache):
         own = DynamicCache(config=model.config).layers
         super().__init__(layers=[layer if layer.is_sliding else PlainLayer(config) for layer in own])
         self.window, self.target, self.at_compaction = window, target or 0, at_compaction
+        self.limit = window if limit is None else limit
         tables = [module.inv_freq for module in model.modules() if hasattr(module, "inv_freq")]
         self.inv_freq = tables[0].double() if tables else None
         self.given = self.moved = self.rebases = self.fed = self.steady = 0
@@ -477,6 +545,7 @@ class PlainCache(Cache):
     def begin(self, positions: list[int]) -> list[int]:
         """The positions the model is given for new tokens at `positions`, after a move where one is due."""
         for head in self.heads:
+            head.limit = self.limit
             head.make_room(len(positions))
         if self.at_compaction:
             due = self.compactions > self._compactions

@@ -589,7 +589,7 @@ def read_until(process, mark="", least=0, seconds=120):
 
 @pytest.fixture
 def endless_folder(chat_folder, tmp_path):
-    """The model of `chat_folder` with answers that never end: of two tokens with opposite logits one is above the end's 0."""
+    """The model of `chat_folder` with answers that never end: of two tokens of opposite logits one is above the end's 0."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(chat_folder), AutoTokenizer.from_pretrained(chat_folder)
     with torch.no_grad():
         weight = model.lm_head.weight

@@ -39,7 +39,8 @@ OUT_OF_RANGE = [
     ("controller_gain", -0.2), ("controller_energy_floor", -0.1), ("controller_energy_ceiling", 1.5),
     ("controller_group_size", 0), ("adaptive_budget_floor", -0.1), ("adaptive_budget_floor", 1.1),
     ("adaptive_budget_cap", 0.9), ("adaptive_variance_smoothing", 0.0), ("adaptive_variance_smoothing", 1.1),
-    ("score_decay", -0.1), ("score_decay", 1.1), ("sketch_originals", -1), ("promotion_budget", -1), ("seed", -1),
+    ("score_decay", -0.1), ("score_decay", 1.1),
+    ("mass_decay", -0.1), ("mass_decay", 1.1), ("sketch_originals", -1), ("promotion_budget", -1), ("seed", -1),
 ]  # fmt: skip
 UNKNOWN_WORDS = {
     "compressor_type": "low_rank", "anchor_mode": "hybrid", "importance_metric": "value_norm",
@@ -146,6 +147,7 @@ def configs(draw):
         compressor_type=draw(st.sampled_from(["low_rank", "vq", "attention_matching"])),
         importance_ratio=draw(st.floats(0, 1)),
         score_decay=draw(st.floats(0, 1)),
+        mass_decay=draw(st.floats(0, 1)),
         importance_metric=draw(st.sampled_from(["attention", "value_norm", "key_norm", "mixed"])),
         enable_dual_fidelity=dual,
         sketch_budget=draw(st.integers(0, 50)) if dual else 0,

@@ -297,6 +297,16 @@ def test_the_first_number_of_the_answer_counts(text, number):
     assert passkey.first_number(text) == number
 
 
+class Heard:
+    """A stand-in for a cache: what it was given."""
+
+    def __init__(self):
+        self.tokens = torch.zeros(0, dtype=torch.int64)
+
+    def get_seq_length(self):
+        return len(self.tokens)
+
+
 class Parrot:
     """A stand-in for a model: `generate` says `answer`, whatever the stream; `spoiled` spoils its logits."""
 
@@ -310,6 +320,7 @@ class Parrot:
 
     def forward(self, input_ids, past_key_values, use_cache, logits_to_keep=0):
         self.given.append(input_ids)
+        past_key_values.tokens = torch.cat([past_key_values.tokens, input_ids[0]])
         return SimpleNamespace(logits=torch.zeros(1, input_ids.shape[1], 2)[:, -logits_to_keep:])
 
     __call__ = forward
@@ -318,6 +329,7 @@ class Parrot:
         if self.answer is None:
             raise RuntimeError("too\nlong")
         self.given.append(ids)
+        assert kwargs["past_key_values"].tokens.equal(ids[0, :-1])
         key = Letters().decode(ids[0]).split("The pass key is ")[1][:5]
         said = torch.tensor([[ord(letter) for letter in self.answer.format(key=key)]], dtype=torch.int64)
         logits = [torch.full((1, 2), math.nan if self.spoiled else 0.0)]
@@ -337,19 +349,38 @@ class Parrot:
 )
 def test_a_key_is_found_or_not_and_a_generation_broken_or_not(parrot, found, broken):
     filler = torch.tensor([ord("x")])
-    [first, second] = passkey.run_trials(parrot, Letters(), dict, filler, 500, 0.5, trials=2, chunk_size=64)
+    [first, second] = passkey.run_trials(parrot, Letters(), Heard, filler, 500, [0.5], trials=2, chunk_size=64)
     assert (first.found, first.broken) == (found, broken)
     assert first.key != second.key and len(first.key) == 5
-    [again, _] = passkey.run_trials(parrot, Letters(), dict, filler, 500, 0.5, trials=2)
+    [again, _] = passkey.run_trials(parrot, Letters(), Heard, filler, 500, [0.5], trials=2)
     assert again.key == first.key
 
 
-def test_the_whole_prompt_is_read_once_and_its_last_token_is_left_to_generate():
+def test_what_all_depths_share_is_read_once_and_the_last_token_is_left_to_generate():
     parrot = Parrot(" {key}")
-    passkey.run_trials(parrot, Letters(), dict, torch.tensor([ord("x")]), 500, 0.5, chunk_size=64)
-    *chunks, prompt = parrot.given
-    assert [chunk.shape[1] for chunk in chunks] == [64] * 7 + [51]
-    assert torch.cat(chunks, dim=1).equal(prompt[:, :-1])
+    filler = torch.arange(ord("a"), ord("z"))
+    trials = list(passkey.run_trials(parrot, Letters(), Heard, filler, 500, [1.0, 0.5, 0.0], chunk_size=64))
+    assert [trial.depth for trial in trials] == [0.0, 0.5, 1.0] and all(trial.found for trial in trials)
+    *read, _ = [chunk.shape[1] for chunk in parrot.given if chunk.shape[1] < 500]
+    needle = len(passkey.NEEDLE.format(key="12345"))
+    starts = [round(depth * (500 - len(passkey.TASK + passkey.QUESTION) - needle)) for depth in (0, 0.5, 1)]
+    starts = [len(passkey.TASK) + start for start in starts]
+    alone = [499 - start // 64 * 64 for start in starts[:2]]
+    # The last depth's prompt is what the others are compared with, and shared to its end.
+    assert sum(chunk.shape[1] for chunk in parrot.given if chunk.shape[1] < 500) == sum(alone) + 499
+    assert set(read) <= {64, 51}
+
+
+@torch.no_grad()
+def test_a_key_among_several_depths_is_asked_for_as_it_is_alone(tiny_llama):
+    from streaming_llm import enable_adms_llm
+
+    filler = torch.arange(20, 100).repeat(3)
+    ends = (Letters(), lambda: enable_adms_llm(tiny_llama, recent_size=32, compressed_budget=32, compression_interval=16))
+    several = list(passkey.run_trials(tiny_llama, *ends, filler, 400, [0.2, 0.6, 0.9], chunk_size=16))
+    for trial in several:
+        [alone] = passkey.run_trials(tiny_llama, *ends, filler, 400, [trial.depth], chunk_size=16)
+        assert (alone.key, alone.generated, alone.broken) == (trial.key, trial.generated, None)
 
 
 def test_the_table_counts_by_method_length_and_depth():

@@ -16,6 +16,7 @@ from streaming_llm.importance import (
     attention_logits,
     attention_statistics,
     importance,
+    less_drawn,
     remember,
     spread_over_segments,
 )
@@ -115,6 +116,22 @@ def test_the_newest_queries_are_taken():
     assert torch.equal(queries.last(2).states, queries.states[:, :, :, 4:])
     assert queries.last(2).valid.tolist() == [[True, True]]
     assert queries.last(9) is queries
+
+
+@settings(deadline=None)
+@given(st.integers(1, 12), st.integers(1, 9), st.sampled_from([None, 5.0]), st.integers(0, 999))
+def test_a_log_mass_less_by_what_is_told_draws_no_more_than_before(tokens, window, softcap, seed):
+    queries, there = grouped(window, softcap=softcap), make(tokens, seed=seed)
+    there.beta[..., : tokens // 3] = -torch.inf
+    moved = there.keys + random_states(tokens, 1, 2, 8, seed + 1)[0]
+    before = attention_logits(queries, there.keys, there.beta)
+    after = attention_logits(queries, moved, there.beta)
+    less = less_drawn(before, after)
+    sums = before.exp().sum(-1, keepdim=True)
+    drawn = [(logits.exp() / sums).sum((2, 3)) for logits in (before, after)]
+    expected = torch.where(drawn[1] > drawn[0], (drawn[1] / drawn[0]).log(), 0.0)
+    torch.testing.assert_close(less, torch.nan_to_num(expected), rtol=1e-3, atol=1e-4)
+    assert (less_drawn(before, before) == 0).all()
 
 
 def test_remember_keeps_a_decayed_score_and_takes_a_higher_one():

@@ -15,7 +15,7 @@ NEW = 90
 WINDOWS = {
     "absolute": {},
     "auto": {"window": 80, "target": int(80 * positions.TARGET)},
-    "cache": {"at_compaction": True},
+    "cache": {"at_compaction": True, "limit": 80},
 }
 SHORT = {
     "one of 3 beside one of 140": [3, 140],

@@ -12,7 +12,9 @@ from test_rows import SMALL, left_padded, run_padded
 from transformers import DynamicCache
 
 from streaming_llm import ADMSConfig, ADMSLayer, enable_adms_llm, enable_streaming_llm
+from streaming_llm.importance import attention_logits
 from streaming_llm.positions import PositionWindow
+from streaming_llm.tokens import CHANGED
 
 WINDOW = 96
 
@@ -191,6 +193,82 @@ def test_half_precision_streams_hold_exact_keys_once_they_moved(name, config):
         assert torch.equal(torch.where(held.valid[..., None], held.keys, 0), torch.where(held.valid[..., None], same, 0))
     said = config.memory_bytes(model.config, torch.bfloat16, 2, moved=True)
     assert cache.nbytes == said if name == "base" else abs(cache.nbytes - said) < 0.1 * said
+
+
+def draws_and_weights(layer):
+    """What the middle tokens draw of the newest queries beside all tokens, their log-masses and which slots they have."""
+    held, config = layer.held, layer.config
+    middle = slice(config.dynamic_start_size, config.dynamic_start_size + layer.width)
+    logits = attention_logits(layer.newest_queries(), held.keys, held.beta)
+    return logits, held.beta[:, :, middle].clone(), middle
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("shift", [7, 40])
+def test_no_token_that_weighs_more_than_itself_draws_more_after_a_move(config, shift):
+    """`shift`: less than the distance to the cache's beginning, and more."""
+    cache = enable_adms_llm(MODEL, config)
+    stream(MODEL, token_ids(93, 2), cache, 3)
+    lighter = 0
+    for layer in cache.layers:
+        before, beta, middle = draws_and_weights(layer)
+        sums = before.exp().sum(-1, keepdim=True)
+        own = before.exp() / sums
+        layer.move_window(torch.tensor([shift]))
+        after, less, _ = draws_and_weights(layer)
+        assert ((less <= beta) & ((less == beta) | (less > 0))).all()
+        heavy = (less > 2 * CHANGED).expand_as(beta)
+        now = (after.exp() / sums).sum((2, 3))[..., middle]
+        assert (now <= own.sum((2, 3))[..., middle] * 1.001 + 1e-6)[heavy].all()
+        lighter += int((less < beta).sum())
+    assert lighter
+
+
+@pytest.mark.parametrize(("chunk", "tokens", "most"), [(1, 66, 8), (3, 63, 6)])
+def test_the_newest_queries_are_those_of_the_newest_tokens(chunk, tokens, most):
+    cache, shown = enable_adms_llm(MODEL, **SMALL), []
+    layer, observe = cache.layers[0], cache.layers[0].observe
+    layer.observe = lambda query, *args: (shown.append(query), observe(query, *args))[1]
+    for _ in range(tokens // chunk):
+        stream(MODEL, token_ids(chunk, 1), cache, chunk)
+        queries = layer.newest_queries()
+        told = torch.cat(shown, dim=2)[:, :, -queries.window :]
+        assert queries.states.flatten(1, 2).equal(told)
+    assert layer.compacted and queries.window == most
+    count = layer.query_count
+    assert 0 < count < queries.window, "there are queries from before the last compaction among them"
+    layer.crop(-1)
+    assert layer.newest_queries().window == count - 1, "what was overwritten is not taken for a query"
+
+
+def stretch(tokens, mass_decay, limit=WINDOW):
+    """Log-masses of the first layer after so many tokens, one by one, at the given decay."""
+    cache = enable_adms_llm(MODEL, **SMALL, mass_decay=mass_decay)
+    for layer in cache.layers:
+        layer.limit = limit
+    stream(MODEL, token_ids(tokens, 2), cache, 1)
+    return cache.layers[0].held.beta.clone()
+
+
+def test_masses_fade_past_the_trained_length_only():
+    assert torch.equal(stretch(WINDOW, 0.5), stretch(WINDOW, 1.0))
+    assert torch.equal(stretch(300, 0.5, limit=None), stretch(300, 1.0))
+    heavy = [float(stretch(300, decay).clamp_min(0).mean()) for decay in (1.0, 0.9, 0.1)]
+    assert heavy[0] > heavy[1] > heavy[2]
+
+
+def test_what_a_token_weighs_for_others_fades_by_the_decay():
+    cache = enable_adms_llm(MODEL, **SMALL, mass_decay=0.25)
+    stream(MODEL, token_ids(90, 2), cache, 1)
+    layer = cache.layers[0]
+    held, middle = layer.held, slice(layer.config.dynamic_start_size, layer.config.dynamic_start_size + layer.width)
+    before = held.beta.clone()
+    assert (before[:, :, middle] > 0.1).any()
+    layer.limit = layer.seen - 1
+    layer._forget_mass(held)
+    share = 0.25 ** ((layer.length - layer.resting_length) / 64)
+    expected = torch.where(before > CHANGED, (1 + (before.exp() - 1) * share).log(), before)
+    torch.testing.assert_close(held.beta, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_rows_move_each_by_its_own_count():

@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaming_llm.tokens import (
+    CHANGED,
     RECENT,
     TIER_NAMES,
     UNUSED,
     WeightedTokens,
     concatenate,
     gather_tokens,
+    lighten,
     top_slots,
 )
 
@@ -90,6 +92,17 @@ def test_nbytes_counts_every_tensor():
     tokens = make(5)
     per_token = 2 * 4 * 4 + 6 * 4 + 1
     assert tokens.nbytes == 2 * 3 * 5 * per_token
+
+
+def test_lighter_tokens_never_weigh_less_than_themselves_and_lose_mass_alike():
+    tokens = make(6, batch=1, heads=1)
+    tokens.beta.copy_(torch.tensor([-torch.inf, -1.0, 0.0, CHANGED, 0.5, 4.0]))
+    tokens.mass.copy_(torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0, 1.0]))
+    tokens.square.copy_(tokens.mass)
+    lighten(tokens, lambda beta: beta - 2)
+    assert tokens.beta[0, 0].tolist() == pytest.approx([-math.inf, -1.0, 0.0, CHANGED, CHANGED, 2.0])
+    assert tokens.mass[0, 0].tolist() == pytest.approx([0, 1, 1, 1, math.exp(-0.5), math.exp(-2)], rel=1e-5)
+    assert tokens.square[0, 0].tolist() == pytest.approx([0, 1, 1, 1, math.exp(-1), math.exp(-4)], rel=1e-5)
 
 
 def test_gather_tokens_picks_per_head():

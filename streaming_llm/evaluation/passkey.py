@@ -7,17 +7,19 @@ which a cache that has dropped or merged its tokens can't be expected to do.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import random
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..model_facts import cache_argument
 from .cli import (
     Parser,
     add_method_flags,
@@ -42,6 +44,8 @@ NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
 QUESTION = "\n\nWhat is the pass key? The pass key is"
 GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 GRASS_NAME = "grass"
+# Tokens of a forward pass: a text that is there as a whole is read faster in long ones.
+CHUNK = 256
 # Each trial's filler begins this many tokens further into the text.
 SHIFT = 1009
 
@@ -83,30 +87,39 @@ def passkey_prompt(tokenizer, filler: torch.Tensor, length: int, depth: float, k
     return torch.cat([task, body[:before], needle, body[before:], question])
 
 
+def failure(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def first_number(text: str) -> str | None:
     """The first run of digits in a text."""
     found = re.search(r"\d+", text)
     return found[0] if found else None
 
 
+def read(model, cache, tokens: torch.Tensor, chunk_size: int) -> None:
+    """Feed tokens, int64 `[tokens]`, to a cache, a chunk at a time."""
+    for _ in lockstep(model, tokens, {"": cache}, chunk_size, first_row=tokens.numel()):
+        pass
+
+
 @torch.no_grad()
 def ask(
-    model, tokenizer, make_cache: CacheFactory, prompt: torch.Tensor, chunk_size: int = 64, new_tokens: int = 16
+    model, tokenizer, cache, prompt: torch.Tensor, chunk_size: int = CHUNK, new_tokens: int = 16
 ) -> tuple[str, str | None]:
-    """Read a prompt, int64 `[tokens]`, in chunks and let `generate` go on greedily.
+    """Read what of a prompt, int64 `[tokens]`, a cache has not seen, in chunks, and let `generate` go on greedily.
 
     Returns the text and what was wrong, or None. The last token is left to `generate`, which gets the whole prompt.
     """
     device = next(model.parameters()).device
-    cache = make_cache()
     try:
-        for _ in lockstep(model, prompt[:-1], {"": cache}, chunk_size, first_row=prompt.numel()):
-            pass
+        read(model, cache, prompt[cache.get_seq_length() : -1], chunk_size)
         ids = prompt[None].to(device)
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            **cache_argument(model, cache),
             max_new_tokens=new_tokens,
             do_sample=False,
             pad_token_id=model.generation_config.eos_token_id or 0,
@@ -115,38 +128,49 @@ def ask(
         )
     except (IndexError, RuntimeError, ValueError) as error:
         # A method that can't go on is a finding, to be reported beside the others'.
-        return "", f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return "", failure(error)
     text = tokenizer.decode(output.sequences[0, prompt.numel() :], skip_special_tokens=True)
     if not all(bool(logits.isfinite().all()) for logits in output.logits):
         return text, "the logits hold NaN or infinity"
     return text, None if text.strip() else "nothing was generated"
 
 
+@torch.no_grad()
 def run_trials(
     model,
     tokenizer,
     make_cache: CacheFactory,
     filler: torch.Tensor,
     length: int,
-    depth: float,
+    depths: Sequence[float],
     *,
     trials: int = 1,
-    chunk_size: int = 64,
+    chunk_size: int = CHUNK,
     seed: int = 0,
-) -> list[Trial]:
-    """Hide `trials` keys, each in filler of its own, at one depth of streams of `length` tokens, and ask for them.
+) -> Iterator[Trial]:
+    """Hide `trials` keys, each in filler of its own, at each depth of streams of `length` tokens, and ask for them.
 
-    The keys, of five digits, depend on `seed`, length, depth and the trial's number only: every method gets the same.
+    The keys, of five digits, depend on `seed`, length, depth and the trial's number only: every method gets the same. What
+    comes before the key is the same at all depths and read once, in whole chunks: each key's cache is a copy from there.
     """
-    found = []
     for number in range(trials):
-        key = str(random.Random(f"{seed} {length} {depth} {number}").randint(10_000, 99_999))
-        prompt = passkey_prompt(tokenizer, filler.roll(-number * SHIFT), length, depth, key)
-        began = time.perf_counter()
-        text, broken = ask(model, tokenizer, make_cache, prompt, chunk_size)
-        seconds = time.perf_counter() - began
-        found.append(Trial(length, depth, key, text, first_number(text) == key, broken, seconds))
-    return found
+        own = filler.roll(-number * SHIFT)
+        cache = make_cache()
+        for depth in sorted(set(depths)):
+            key = str(random.Random(f"{seed} {length} {depth} {number}").randint(10_000, 99_999))
+            prompt = passkey_prompt(tokenizer, own, length, depth, key)
+            plain = passkey_prompt(tokenizer, own, length, 1.0, key)
+            alike = min(length - 1, int((prompt == plain).to(torch.int8).cumprod(0).sum()))
+            began = time.perf_counter()
+            text, broken = "", None
+            try:
+                read(model, cache, prompt[cache.get_seq_length() : alike - alike % chunk_size], chunk_size)
+            except (IndexError, RuntimeError, ValueError) as error:
+                broken = failure(error)
+            if broken is None:
+                text, broken = ask(model, tokenizer, copy.deepcopy(cache), prompt, chunk_size)
+            seconds = time.perf_counter() - began
+            yield Trial(length, depth, key, text, first_number(text) == key, broken, seconds)
 
 
 @dataclass(frozen=True)
@@ -246,6 +270,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_output_flags(group, "results/passkey")
     group.add_argument("--markdown", action="store_true", help="print the table in Markdown too")
     add_settings(parser, RECENT, MIDDLE)
+    parser.set_defaults(chunk_size=CHUNK)
     return parser
 
 
@@ -300,22 +325,21 @@ def _run(arguments: argparse.Namespace) -> int:
             if name == REFERENCE and length > arguments.full_tokens:
                 console.print(f"full is left out of {length:,} tokens (--full_tokens)", highlight=False)
                 continue
-            for depth in dict.fromkeys(arguments.depths):
-                tried = run_trials(
-                    model,
-                    tokenizer,
-                    cache_factory(model, plan),
-                    filler,
-                    length,
-                    depth,
-                    trials=arguments.trials,
-                    chunk_size=arguments.chunk_size,
-                    seed=getattr(arguments, "seed", 0),
-                )
-                trials.setdefault(name, []).extend(tried)
+            for trial in run_trials(
+                model,
+                tokenizer,
+                cache_factory(model, plan),
+                filler,
+                length,
+                arguments.depths,
+                trials=arguments.trials,
+                chunk_size=arguments.chunk_size,
+                seed=getattr(arguments, "seed", 0),
+            ):
+                trials.setdefault(name, []).append(trial)
                 if arguments.log_every:
-                    told = ", ".join(f"{trial.key} -> {trial.generated!r}" for trial in tried)
-                    console.print(f"{name}, {length:,} tokens, depth {depth:g}: {told}", soft_wrap=True, markup=False)
+                    told = f"depth {trial.depth:g}: {trial.key} -> {trial.generated!r}"
+                    console.print(f"{name}, {length:,} tokens, {told}", soft_wrap=True, markup=False)
                 # Written at once, for the next may take as long again.
                 write_json(path, document(trials, settings, setup.device))
     table, shown = lines(trials), columns(arguments.depths)

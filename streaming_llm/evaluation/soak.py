@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ..model_facts import cache_argument
 from .cli import Parser, add_settings, cache_settings, check_least, check_plans, exit_code, parse_arguments
 from .errors import require
 from .long_stream import settled_resident
@@ -172,7 +173,7 @@ def soak(
         while seen < tokens and violation is None:
             count = min(chunk_size, tokens - seen)
             chunk = torch.randint(vocabulary, (1, count), generator=generator)
-            finite = bool(model(input_ids=chunk, past_key_values=cache).logits.isfinite().all())
+            finite = bool(model(input_ids=chunk, **cache_argument(model, cache)).logits.isfinite().all())
             seen, forwards = seen + count, forwards + 1
             held = held_tokens(cache)
             most = max(most, held)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..model_facts import cache_argument
 from .errors import EvaluationError
 
 REFERENCE = "full"
@@ -110,7 +111,7 @@ def lockstep(
         for method, cache in caches.items():
             _synchronize(device)
             began = time.perf_counter()
-            output = model(input_ids=chunk, past_key_values=cache, use_cache=True, **keep)
+            output = model(input_ids=chunk, **cache_argument(model, cache), use_cache=True, **keep)
             _synchronize(device)
             seconds = time.perf_counter() - began
             yield Chunk(method, start, end, end - rows, output.logits[0, -rows:], seconds)
