@@ -55,13 +55,9 @@ class ControllerState(HeadState):
 
 
 def attention_output(queries: Queries, tokens: WeightedTokens) -> torch.Tensor:
-    """Attention output of the queries over the tokens, float32 `[batch, kv_heads, queries, value_dim]`; 0 for padding."""
+    """Attention output of the queries over the tokens, float32 `[batch, kv_heads, queries, value_dim]`."""
     logits = attention_logits(queries, tokens.keys, tokens.beta).flatten(2, 3)
-    output = torch.nan_to_num(logits.softmax(-1)) @ tokens.values.float()
-    if queries.valid is not None:
-        groups = queries.states.shape[2]
-        output = output * queries.valid[:, None, None, :].expand(-1, 1, groups, -1).flatten(2)[..., None]
-    return output
+    return torch.nan_to_num(logits.softmax(-1)) @ tokens.values.float()
 
 
 def reconstruction_energy(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:

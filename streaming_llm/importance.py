@@ -25,14 +25,12 @@ class Queries:
     Attributes:
         states: `[batch, kv_heads, groups, window, head_dim]`, rotated, newest last; the newest belongs to the newest token.
         scale: what the logits are multiplied by.
-        valid: which belong to real tokens, bool `[batch, window]`; None when all do.
         softcap: the model's logit soft-capping (Gemma 2), None without.
         step: how many tokens lie between a query and the next (1: every token's query is there).
     """
 
     states: torch.Tensor
     scale: float
-    valid: torch.Tensor | None = None
     softcap: float | None = None
     step: int = 1
 
@@ -42,8 +40,7 @@ class Queries:
         return self.states.shape[3]
 
     def _part(self, index: slice, step: int = 1, at: slice = slice(None)) -> Queries:
-        valid = None if self.valid is None else self.valid[at, index]
-        return Queries(self.states[at, :, :, index], self.scale, valid, self.softcap, self.step * step)
+        return Queries(self.states[at, :, :, index], self.scale, self.softcap, self.step * step)
 
     def last(self, window: int) -> Queries:
         """The newest `window` queries."""
@@ -55,11 +52,7 @@ class Queries:
 
     def energy(self) -> torch.Tensor:
         """Mean square logit per unit of squared key length and dimension, float32 `[batch, kv_heads]`."""
-        squares = self.states.float().square().mean((2, 4))
-        if self.valid is None:
-            return squares.mean(-1) * self.scale**2
-        share = self.valid[:, None].float()
-        return (squares * share).sum(-1) / share.sum(-1).clamp_min(1) * self.scale**2
+        return self.states.float().square().mean((2, 3, 4)) * self.scale**2
 
     def logits(self, keys: torch.Tensor) -> torch.Tensor:
         """`softcap(q.k * scale)`, float32 `[batch, kv_heads, groups, window, tokens]`; no log-mass, no causality."""
@@ -121,22 +114,15 @@ def attention_statistics(queries: Queries, keys: torch.Tensor, beta: torch.Tenso
             sums = _probability_sums(part, keys[at, :, :seen], beta[at, :, :seen])
             mass[at, :, :seen] += sums[0]
             square[at, :, :seen] += sums[1]
-    if queries.valid is None:
-        total = torch.full((batch, 1, 1), float(groups * window), device=keys.device)
-    else:
-        total = (queries.valid.sum(-1) * groups).clamp_min(1)[:, None, None].float()
-    return mass / total, square / total
+    return mass / (groups * window), square / (groups * window)
 
 
 def _probability_sums(queries: Queries, keys: torch.Tensor, beta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums over the queries of the probabilities and of their squares, in place on one tensor of logits."""
     logits = attention_logits(queries, keys, beta).flatten(2, 3)
-    # A padding query may see nothing at all: its largest logit is -inf, and its weight 0.
+    # A query may see nothing but unused slots: its largest logit is -inf, and its weight 0.
     weights = logits.sub_(logits.amax(-1, keepdim=True).clamp_min(-1e30)).exp_()
     inverse = weights.sum(-1).clamp_min(1e-30).reciprocal_()[:, :, None]
-    if queries.valid is not None:
-        groups = queries.states.shape[2]
-        inverse = inverse * queries.valid[:, None, None, :].repeat(1, 1, 1, groups)
     mass = (inverse @ weights)[:, :, 0]
     return mass, (inverse.square() @ weights.square_())[:, :, 0]
 

@@ -496,7 +496,7 @@ class ADMSLayer(CacheLayerMixin):
             self._save()
             self._fold_stored(self.length - new)
             if new >= slots:
-                self._fold(Queries(states, self.query_scale, None, self.query_softcap), self.held)
+                self._fold(Queries(states, self.query_scale, self.query_softcap), self.held)
                 self._keep_queries(0)
                 self._append_queries(states[:, :, :, -slots:])
                 self.query_folded = self.query_count
@@ -548,7 +548,7 @@ class ADMSLayer(CacheLayerMixin):
         if self.query_buffer is None or self.query_count <= start:
             return None
         states = self.query_buffer[:, :, :, start : self.query_count]
-        return Queries(states, self.query_scale, None, self.query_softcap)
+        return Queries(states, self.query_scale, self.query_softcap)
 
     @property
     def query_slots_used(self) -> int:
@@ -562,7 +562,7 @@ class ADMSLayer(CacheLayerMixin):
         states = self.query_buffer[:, :, :, : self.query_slots_used]
         if self.query_last > self.query_count:
             states = states.roll(-self.query_count, dims=3)
-        return Queries(states, self.query_scale, None, self.query_softcap).last(self.config.recent_size)
+        return Queries(states, self.query_scale, self.query_softcap).last(self.config.recent_size)
 
     def _fold(self, queries: Queries, held: WeightedTokens, step: int = 1) -> None:
         # Of the queries since the last compaction all are scored: every second was measured to be worse.
@@ -587,7 +587,7 @@ class ADMSLayer(CacheLayerMixin):
         window = self.config.attention_window
         # Blocks are counted from the newest query.
         for stop in range((new - 1) % window + 1, new + 1, window):
-            part = Queries(states[:, :, :, max(0, stop - window) : stop], self.query_scale, None, self.query_softcap)
+            part = Queries(states[:, :, :, max(0, stop - window) : stop], self.query_scale, self.query_softcap)
             self._fold(part, held.slice(0, before + stop), 1 if stop == new else _PREFILL_STEP)
         self._keep_queries(0)
         self._allocate_queries(states)

@@ -176,15 +176,10 @@ def _draws(layer: ADMSLayer, source: WeightedTokens) -> Callable[[torch.Tensor],
         return None
     queries = queries.last(layer.config.recent_size).every(_QUERY_STEP)
     normaliser = attention_logits(queries, source.keys, source.beta).flatten(2, 3).logsumexp(-1, keepdim=True)
-    real = torch.ones_like(normaliser)
-    if queries.valid is not None:
-        groups = queries.states.shape[2]
-        real = queries.valid[:, None, None, :].expand(-1, 1, groups, -1).flatten(2)[..., None].float()
     normaliser = torch.where(normaliser.isfinite(), normaliser, torch.inf)
 
     def draws(keys: torch.Tensor) -> torch.Tensor:
-        probabilities = torch.exp(queries.logits(keys).flatten(2, 3) - normaliser) * real
-        return probabilities.sum(2) / real.sum(2).clamp_min(1.0)
+        return torch.exp(queries.logits(keys).flatten(2, 3) - normaliser).mean(2)
 
     return draws
 

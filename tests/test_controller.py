@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 
 import pytest
@@ -331,27 +330,6 @@ def test_the_attention_output_is_that_of_a_plain_causal_softmax(step):
         logits = torch.einsum("bhgd,bhtd->bhgt", states[:, :, :, place], held.keys[:, :, :seen]) * 0.3
         plain = (logits + held.beta[:, :, None, :seen]).softmax(-1) @ held.values[:, :, :seen]
         torch.testing.assert_close(output[:, :, :, number], plain)
-
-
-def test_padded_queries_take_no_part_in_the_energy():
-    held, window = weighted(20), 6
-    states = random_queries(window, 2).view(2, 2, 2, window, 8)
-    real = torch.ones(2, window, dtype=torch.bool)
-    real[1, :3] = False
-    less = dataclasses.replace(held, values=held.values * torch.linspace(0.5, 1, 20)[:, None])
-
-    def energy(states: torch.Tensor) -> torch.Tensor:
-        queries = Queries(states, 0.3, real)
-        return reconstruction_energy(attention_output(queries, held), attention_output(queries, less))
-
-    other = states.clone()
-    other[1, :, :, :3] = 100.0
-    assert torch.equal(energy(states), energy(other)) and not energy(states).eq(1).any()
-    shown = attention_output(Queries(states, 0.3, real), held).view(2, 2, 2, window, 8)
-    assert shown[1, :, :, :3].eq(0).all() and shown[1, :, :, 3:].ne(0).any()
-    rest = Queries(states[1:, :, :, 3:], 0.3)
-    before, after = (attention_output(rest, tokens.map(lambda t: t[1:])) for tokens in (held, less))
-    torch.testing.assert_close(energy(states)[1:], reconstruction_energy(before, after))
 
 
 def test_the_reconstruction_energy_is_1_less_the_relative_squared_error():

@@ -529,10 +529,10 @@ def middle_error(seed: int, sketches: bool) -> float:
     tokens = WeightedTokens.new(
         (centre_k[which] + noise_k)[None, None], (centre_v[which] + noise_v)[None, None], torch.arange(48)[None, None]
     )
-    queries = Queries(torch.randn(1, 1, 1, 32, DIM, generator=generator), DIM**-0.5, None, None)
+    queries = Queries(torch.randn(1, 1, 1, 32, DIM, generator=generator), DIM**-0.5, None)
     probabilities = queries.logits(tokens.keys).softmax(-1)
     tokens.mass = probabilities.mean((2, 3))
-    last = Queries(queries.states, queries.scale, None, None)
+    last = Queries(queries.states, queries.scale, None)
 
     def output(held: WeightedTokens) -> torch.Tensor:
         logits = last.logits(held.keys) + held.beta[:, :, None, None]

@@ -39,17 +39,16 @@ def plain_statistics(queries: Queries, keys, beta):
     tokens = keys.shape[2]
     mass, square = torch.zeros(batch, heads, tokens), torch.zeros(batch, heads, tokens)
     for row in range(batch):
-        used = [w for w in range(window) if queries.valid is None or queries.valid[row, w]]
         for head in range(heads):
             for group in range(groups):
-                for place in used:
+                for place in range(window):
                     seen = tokens - (window - 1 - place) * queries.step
                     logits = keys[row, head, :seen] @ queries.states[row, head, group, place] * queries.scale
                     if queries.softcap:
                         logits = queries.softcap * torch.tanh(logits / queries.softcap)
                     p = (logits + beta[row, head, :seen]).softmax(-1)
-                    mass[row, head, :seen] += p / (groups * max(1, len(used)))
-                    square[row, head, :seen] += p**2 / (groups * max(1, len(used)))
+                    mass[row, head, :seen] += p / (groups * window)
+                    square[row, head, :seen] += p**2 / (groups * window)
     return mass, square
 
 
@@ -59,19 +58,14 @@ def plain_statistics(queries: Queries, keys, beta):
     batch=st.integers(1, 2),
     step=st.integers(1, 1),
     softcap=st.sampled_from([None, 0.7]),
-    padded=st.booleans(),
     blocked=st.booleans(),
 )
 @settings(deadline=None, max_examples=40)
-def test_statistics_are_those_of_attention_taken_query_by_query(tokens, window, batch, step, softcap, padded, blocked):
+def test_statistics_are_those_of_attention_taken_query_by_query(tokens, window, batch, step, softcap, blocked):
     states = make(tokens, batch)
     beta = torch.randn(batch, 2, tokens, generator=torch.Generator().manual_seed(3))
     beta[:, :, 1] = -math.inf
-    valid = None
-    if padded:
-        valid = torch.ones(batch, window, dtype=torch.bool)
-        valid[0, 0] = False
-    queries = grouped(window, batch, softcap=softcap, valid=valid, step=step)
+    queries = grouped(window, batch, softcap=softcap, step=step)
     with pytest.MonkeyPatch.context() as patch:
         if blocked:
             patch.setattr(module, "_BLOCK_ELEMENTS", 1)
@@ -112,9 +106,8 @@ def test_a_query_does_not_see_tokens_newer_than_its_own():
 
 
 def test_the_newest_queries_are_taken():
-    queries = grouped(6, valid=torch.tensor([[False, False, True, True, True, True]]))
+    queries = grouped(6)
     assert torch.equal(queries.last(2).states, queries.states[:, :, :, 4:])
-    assert queries.last(2).valid.tolist() == [[True, True]]
     assert queries.last(9) is queries
 
 

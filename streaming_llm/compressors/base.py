@@ -101,15 +101,10 @@ def reference_probabilities(tokens: WeightedTokens, reference: Reference) -> tup
 
     Returns:
         `(probabilities, normaliser)`, float32 `[batch, kv_heads, queries, tokens]` and `[batch, kv_heads, queries, 1]`,
-        where queries = groups * window; rows of padding queries are 0.
+        where queries = groups * window.
     """
     queries = reference.queries
     logits = attention_logits(queries, reference.context.keys, reference.context.beta).flatten(2, 3)
     normaliser = logits.logsumexp(dim=-1, keepdim=True)
     probabilities = torch.exp(logits[..., reference.start : reference.start + tokens.length] - normaliser)
-    if queries.valid is not None:
-        groups = queries.states.shape[2]
-        real = queries.valid[:, None, None, :].expand(-1, 1, groups, -1).flatten(2)[..., None]
-        probabilities = torch.where(real, probabilities, 0.0)
-        normaliser = torch.where(real, normaliser, torch.inf)
     return probabilities, normaliser
