@@ -77,6 +77,22 @@ def test_an_eighth_holds_the_losses_of_its_own_tokens():
     assert result.eighths[5].perplexity == pytest.approx(float(losses[99:119].mean().exp()), rel=1e-4)
 
 
+def test_a_restarted_stream_reads_each_eighth_by_itself():
+    model = make_tiny_llama()
+    stream = token_ids(8 * 24)[0]
+    result = long_stream.stream_method(model, stream, "restarted", DynamicCache, chunk_size=12, restart=True)
+    # The first token of each is predicted from the eighth before.
+    last = torch.zeros(128)
+    for number, eighth in enumerate(result.eighths):
+        alone = stream[24 * number : 24 * (number + 1)]
+        with torch.no_grad():
+            log_p = model(alone[None]).logits[0].log_softmax(-1)
+        own = -log_p[:-1].gather(-1, alone[1:, None]).sum()
+        assert eighth.nll == pytest.approx(float(own - last[alone[0]]), rel=1e-4)
+        last = log_p[-1]
+    assert result.held_tokens == 24
+
+
 def test_the_part_of_a_stream_that_was_read_is_compared_by_nothing_it_did_not_read():
     model = make_tiny_llama()
     stream = token_ids(320)[0]
@@ -172,6 +188,7 @@ def test_the_long_stream_prints_its_tables_and_writes_its_files(run, capsys):
         "2100",
         "--full_tokens",
         "400",
+        "--restarted",
         "--memory_from",
         "200",
         "--markdown",
@@ -187,9 +204,9 @@ def test_the_long_stream_prints_its_tables_and_writes_its_files(run, capsys):
     assert "52 tokens a head" in printed
     assert printed.index("tokens: perplexity adms") < printed.index("tokens: perplexity full")  # full goes last
     found = json.loads((out / "results.json").read_text())
-    assert list(found["results"]) == ["full", "streaming", "adms_low_rank", "adms"]
+    assert list(found["results"]) == ["restarted", "full", "streaming", "adms_low_rank", "adms"]
     assert found["settings"]["trained_length"] == 4096
-    assert [found["results"][name]["tokens"] for name in found["results"]] == [400, 2100, 2100, 2100]
+    assert [found["results"][name]["tokens"] for name in found["results"]] == [2100, 400, 2100, 2100, 2100]
     adms = found["results"]["adms"]
     assert sum(part["nll"] for part in adms["eighths"]) == pytest.approx(adms["nll"])
     assert adms["eighths"][7]["perplexity"] == pytest.approx(

@@ -50,6 +50,8 @@ from .report import (
     write_json,
 )
 
+# The full cache, begun anew at each eighth: how hard the text is there.
+RESTARTED = "restarted"
 DEFAULT_METHODS = ("full", "streaming", "adms_low_rank", "adms")
 # 1,028 tokens a head: 4 sinks, and half each for the recent window and what stands for the rest.
 RECENT = MIDDLE = 512
@@ -142,12 +144,14 @@ def stream_method(
     stream_tokens: int | None = None,
     chunk_size: int = 64,
     memory_from: int = 4096,
+    restart: bool = False,
     on_chunk: Callable[[int, dict[str, float]], None] | None = None,
 ) -> LongResult:
     """Read `stream`, int64 `[tokens]`, through a new cache, every token but the first scored.
 
     `stream_tokens`: length of the stream of which this is the beginning, for the eighths (default: this is all).
-    `memory_from`: the token after which memory is read for comparison with the end. `on_chunk(tokens, {method: perplexity})`
+    `memory_from`: the token after which memory is read for comparison with the end. `restart`: go on with a new cache after
+    the chunk that ends an eighth, so that each is read by itself. `on_chunk(tokens, {method: perplexity})`
     is called after each chunk.
     """
     tokens = stream.numel()
@@ -158,8 +162,11 @@ def stream_method(
     held = total = 0
     start_bytes = start_resident = None
     streaming.warm_up(model, stream[:chunk_size])
-    cache = make_cache()
-    for number, chunk in enumerate(streaming.lockstep(model, stream, {method: cache}, chunk_size)):
+    whole = stream_tokens or tokens
+    borders = [round(whole * number / EIGHTHS) for number in range(EIGHTHS + 1)]
+    caches = {method: make_cache()}
+    for number, chunk in enumerate(streaming.lockstep(model, stream, caches, chunk_size)):
+        cache = caches[method]
         seconds[number] = chunk.seconds / (chunk.end - chunk.start)
         logits, scored = streaming.scored_part(chunk, tokens, 1)
         for rows, _, nll in streaming.predictions(chunk, logits, targets[scored.start : scored.stop]):
@@ -170,6 +177,8 @@ def stream_method(
             start_bytes, start_resident = streaming.cache_bytes(cache), settled_resident()
         if on_chunk is not None and scored:
             on_chunk(chunk.end, {method: math.exp(total / (scored.stop - 1))})
+        if restart and any(chunk.start < border <= chunk.end for border in borders[1:-1]):
+            caches[method] = make_cache()
     # Before anything else is computed: what follows is no part of the stream.
     end_resident = settled_resident()
     mean, median = _tenths(seconds)
@@ -183,8 +192,7 @@ def stream_method(
         resident_end=end_resident,
         resident_growth=end_resident / start_resident - 1 if start_resident and end_resident else None,
     )
-    whole = stream_tokens or tokens
-    eighths = _parts(losses, [round(whole * number / EIGHTHS) for number in range(EIGHTHS + 1)])
+    eighths = _parts(losses, borders)
     perplexities = [part.perplexity for part in eighths if part.whole]
     return LongResult(
         method=method,
@@ -301,7 +309,10 @@ COSTS: dict[str, Callable[[LongResult], str]] = {
     "last / 2nd tenth": lambda result: _ratio(result.timing.tail_over_head),
     "tokens/s": lambda result: f"{result.timing.tokens_per_second:.0f}",
 }
-CAPTION = "*: of the part that was read. 'worst': the highest of the eighths; 'streaming': StreamingLLM."
+CAPTION = (
+    "*: of the part that was read. 'worst': the highest of the eighths; 'streaming': StreamingLLM; 'restarted': the full "
+    "cache, begun anew at each eighth."
+)
 
 
 def cost_caption(results: Mapping[str, LongResult]) -> str:
@@ -399,6 +410,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="tokens of the stream that the full cache reads: its time grows with their square (%(default)s)",
     )
     group.add_argument(
+        "--restarted",
+        action="store_true",
+        help="also read each eighth by itself, with a full cache begun anew: how hard the text is there",
+    )
+    group.add_argument(
         "--memory_from",
         type=int,
         default=4096,
@@ -462,8 +478,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
     found: dict[str, LongResult] = {}
     # The full cache last: what it leaves to the process would hide what the others need.
-    for plan in sorted(plans, key=lambda plan: plan.method.name == streaming.REFERENCE):
-        name = plan.method.name
+    runs = sorted(((plan.method.name, plan) for plan in plans), key=lambda run: run[0] == streaming.REFERENCE)
+    if arguments.restarted:
+        runs += [(RESTARTED, plan) for plan in plan_methods([streaming.REFERENCE], {})]
+    for name, plan in runs:
         part = stream[: arguments.full_tokens] if name == streaming.REFERENCE else stream
         with ProgressReport(console, part.numel(), arguments.log_every) as on_chunk:
             found[name] = stream_method(
@@ -474,10 +492,11 @@ def _run(arguments: argparse.Namespace) -> int:
                 stream_tokens=tokens,
                 chunk_size=arguments.chunk_size,
                 memory_from=arguments.memory_from,
+                restart=name == RESTARTED,
                 on_chunk=on_chunk,
             )
         # Written at once, for the next method may take as long again.
-        names = [plan.method.name for plan in plans if plan.method.name in found]
+        names = [name for name in (RESTARTED, *(plan.method.name for plan in plans)) if name in found]
         results = compare_to_baseline({name: found[name] for name in names})
         plot(output / "perplexity.png", results, title, trained_length)
         write_json(output / "results.json", document(results, settings, setup.device))
