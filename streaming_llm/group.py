@@ -17,7 +17,8 @@ from .state import HeadState
 from .tokens import WeightedTokens
 
 CPU_LAYERS = 8
-# What of a layer is part of its group's.
+# What of a layer is part of its group's, what it must have in common with the others to be compacted with them, and what it
+# has from them afterwards.
 STORED = ("buffer", "query_buffer", *STATES)
 _SHARED = (
     "length",
@@ -29,10 +30,11 @@ _SHARED = (
     "queries_seen",
     "query_count",
     "query_folded",
-    "query_last",
     "query_scale",
     "query_softcap",
 )
+# A pass that failed may have taken it from some of the layers.
+_HANDED_OUT = (*_SHARED, "query_last")
 
 
 class LayerGroup:
@@ -111,7 +113,7 @@ class LayerGroup:
     def compact(self, width: int | None = None) -> None:
         """Compact all layers in one call; `width` as for `ADMSLayer.compact`."""
         whole, first = self.whole, self.layers[0]
-        for name in _SHARED:
+        for name in _HANDED_OUT:
             setattr(whole, name, getattr(first, name))
         whole.profile = first.profile
         before, buffer = whole.compressions, whole.buffer
@@ -120,7 +122,7 @@ class LayerGroup:
             for layer in self.layers:
                 layer.buffer = whole.buffer.map(lambda tensor, layer=layer: self._part(layer, tensor))
         for layer in self.layers:
-            for name in _SHARED:
+            for name in _HANDED_OUT:
                 setattr(layer, name, getattr(whole, name))
             layer._bias = None
             layer.compressions += (whole.compressions - before) // len(self.layers)

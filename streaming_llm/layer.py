@@ -884,8 +884,9 @@ class ADMSLayer(CacheLayerMixin):
             return False
         self.overflow = None
         end = self.length
+        if self.query_count != self._undo[2]:
+            self.query_last = 0  # Some of them were overwritten.
         self.length, self.seen, self.query_count, self.query_folded = self._undo
-        self.query_last = 0
         self._restore()
         self._reuse(self.length, end)
         self._undo = None

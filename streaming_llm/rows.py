@@ -431,8 +431,9 @@ class PaddedLayer(ADMSLayer):
         self.overflow = None
         self.length, self.seen, self.tail, self.offsets, self.query_offsets = self._undo
         for part, *numbers in self._undo_parts:
+            if part.query_count != numbers[2]:
+                part.query_last = 0
             part.length, part.seen, part.query_count, part.query_folded = numbers
-            part.query_last = 0
         if self._saved is not None:
             for name, tensor in self._saved.items():
                 if name == "query_buffer":

@@ -611,8 +611,15 @@ def test_a_real_interrupt_stops_the_answer_and_not_the_chat(arguments, endless_f
             read_until(process, least=100)
             process.send_signal(signal.SIGINT)
             assert "\n(stopped)\n> " in read_until(process, "(stopped)\n> ")
+        # Between its prompt and its read, Python keeps an interrupt until the next: two are then one.
+        time.sleep(0.5)
         process.send_signal(signal.SIGINT)
-        assert "(Ctrl-C again or Ctrl-D leaves)" in read_until(process, "leaves)\n> ")
+        try:
+            said = read_until(process, "leaves)\n> ", seconds=30)
+        except AssertionError:
+            process.send_signal(signal.SIGINT)
+            said = read_until(process, "leaves)\n> ")
+        assert "(Ctrl-C again or Ctrl-D leaves)" in said
         process.stdin.write(b"/stats\n")
         assert re.search(r"a head holds (\d+), never more than 68", read_until(process, "adjustments"))
         process.stdin.close()

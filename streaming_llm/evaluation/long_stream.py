@@ -365,11 +365,11 @@ def plot(path: Path, results: Mapping[str, LongResult], title: str, trained_leng
         axes.axvline(trained_length, color="0.35", linewidth=1.2, linestyle=(0, (2, 2)))
         axes.annotate(
             f"trained length, {trained_length:,}",
-            (trained_length, 0.98),
+            (trained_length, 0.02),
             xycoords=axes.get_xaxis_transform(),
             xytext=(5, 0),
             textcoords="offset points",
-            va="top",
+            va="bottom",
             color="0.35",
         )
     # The full cache past the trained length is worse by orders of magnitude.
