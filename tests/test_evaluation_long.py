@@ -587,9 +587,9 @@ def test_a_real_stream_stays_flat_past_the_trained_length(smol):
     results = long_stream.compare_to_baseline(results)
     adms = results["adms"]
     told = long_stream.markdown(results)
-    assert adms.last_over_baseline <= 1.05, told
+    assert adms.last_over_baseline <= 1.0, told
     # The text itself is harder here and easier there, so each eighth is held against StreamingLLM's, which sees no length.
     for theirs, ours in zip(results["streaming"].eighths, adms.eighths, strict=True):
-        assert ours.perplexity <= 1.05 * theirs.perplexity, told
+        assert ours.perplexity <= 1.02 * theirs.perplexity, told
     assert adms.cache_bytes_end == adms.cache_bytes_start, told
     assert adms.timing.resident_growth is None or abs(adms.timing.resident_growth) <= 0.01, told
