@@ -88,8 +88,6 @@ class ADMSKVCache(
                 layers.append(_layer(config, wired) if width is None else DynamicSlidingWindowLayer(width))
         for layer, rope in zip(layers, ropes or (), strict=False):
             layer.rope = rope
-        for layer in layers:
-            layer.limit = None if window is None else window.limit
         super().__init__(layers=layers)
         self.config = config
         self.wired = wired
@@ -98,6 +96,8 @@ class ADMSKVCache(
         group_layers(self._full_layers(), layers_at_once)
         self.broken: str | None = None
         self.window = PositionWindow() if window is None else window
+        for layer in self._full_layers():
+            layer.limit = self.window.limit
         self.model_facts: dict[str, Any] | None = None
         self.ropes: tuple[tuple[Rope, ...] | None, str | None] = (None, None)
         self._arrival: Arrival | None = None

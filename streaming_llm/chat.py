@@ -57,6 +57,7 @@ class Chat:
     ):
         check_answer_settings(max_new_tokens, temperature, top_p)
         self.model, self.tokenizer, self.cache = model, tokenizer, cache
+        self._cache_argument = cache_argument(model)
         self.system = [] if system is None else [{"role": "system", "content": system}]
         self.max_new_tokens, self.temperature, self.top_p, self.seed = max_new_tokens, temperature, top_p, seed
         self._turn_end, end_of_turn = self._learn_template()
@@ -193,7 +194,7 @@ class Chat:
         ids = torch.tensor([tokens], device=self.model.device)
         try:
             # `generate` can't be used: given new tokens only, it wants a mask as long as the stream, or slices them.
-            output = self.model(input_ids=ids, **cache_argument(self.model, self.cache), use_cache=True, logits_to_keep=1)
+            output = self.model(input_ids=ids, **{self._cache_argument: self.cache}, use_cache=True, logits_to_keep=1)
         except BaseException:
             # The cache's own hook is not called on KeyboardInterrupt, which torch does not count as an exception there.
             self.cache.abort_forward()

@@ -534,8 +534,10 @@ class ADMSLayer(CacheLayerMixin):
 
     def _keep_queries(self, keep: int) -> None:
         # None kept: they stay where they are until new ones take their place, for `newest_queries`.
-        if keep or self.query_count:
-            self.query_last = 0 if keep else self.query_count
+        if keep:
+            self.query_last = 0
+        elif self.query_count:
+            self.query_last = self.query_count
         keep = min(keep, self.query_count)
         first = self.query_count - keep
         if first and keep:
@@ -816,8 +818,7 @@ class ADMSLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         shift = shift.to(self.device)
-        if self._turns and self.dtype.itemsize < 4:
-            self._keep_exact()
+        self._keep_exact()
         by = shift.view(-1, 1, 1).to(torch.float32)
         held = self.buffer.slice(0, self.length)
         slots = torch.arange(self.length, device=self.device, dtype=torch.float32)
@@ -859,6 +860,9 @@ class ADMSLayer(CacheLayerMixin):
         tokens.pos.copy_(pos)
 
     def _keep_exact(self) -> None:
+        """From now on keep half-precision keys as they are before any move, where moves turn them."""
+        if not self._turns or self.dtype.itemsize >= 4:
+            return
         if self.buffer.exact and (self.originals is None or self.originals.exact):
             return
         if self.group is not None:
@@ -884,13 +888,16 @@ class ADMSLayer(CacheLayerMixin):
             return False
         self.overflow = None
         end = self.length
-        if self.query_count != self._undo[2]:
-            self.query_last = 0  # Some of them were overwritten.
-        self.length, self.seen, self.query_count, self.query_folded = self._undo
+        self._go_back(*self._undo)
         self._restore()
         self._reuse(self.length, end)
         self._undo = None
         return True
+
+    def _go_back(self, length: int, seen: int, query_count: int, query_folded: int) -> None:
+        if self.query_count != query_count:
+            self.query_last = 0  # New queries took the place of some of them.
+        self.length, self.seen, self.query_count, self.query_folded = length, seen, query_count, query_folded
 
     def _reuse(self, start: int, stop: int) -> None:
         """The slots from `start` to `stop` are free again."""

@@ -1,4 +1,4 @@
-"""What a saved conversation has to know of its model: what it is recognised by, and where its layers are."""
+"""What is to be known of a model: what it calls its cache, what it is recognised by, and where its layers are."""
 
 from __future__ import annotations
 
@@ -30,9 +30,12 @@ _FACTS = (
 _SAMPLE, _NAMED = 64, 4
 
 
-def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
-    """A cache as the keyword argument the model takes it by: `cache` since transformers 5.24, `past_key_values` before."""
-    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
+def cache_argument(model: Any) -> str:
+    """Name of the argument the model takes its cache by: `cache` since transformers 5.24, `past_key_values` before.
+
+    It reads the signature of `forward`: ask once and not at every pass.
+    """
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def describe_model(model: torch.nn.Module) -> dict[str, Any]:

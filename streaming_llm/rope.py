@@ -318,7 +318,7 @@ def check_rope(model: nn.Module, ropes: Sequence[Rope]) -> None:
                 # From the middle of the vocabulary: its ends hold padding and reserved tokens, which may embed to 0.
                 input_ids=torch.full((2, 1), config.vocab_size // 2, device=device),
                 position_ids=torch.tensor([[0], [far]], device=device),
-                **cache_argument(decoder, cache),
+                **{cache_argument(decoder): cache},
                 use_cache=True,
             )
     except Exception as error:

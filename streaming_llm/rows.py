@@ -431,9 +431,7 @@ class PaddedLayer(ADMSLayer):
         self.overflow = None
         self.length, self.seen, self.tail, self.offsets, self.query_offsets = self._undo
         for part, *numbers in self._undo_parts:
-            if part.query_count != numbers[2]:
-                part.query_last = 0
-            part.length, part.seen, part.query_count, part.query_folded = numbers
+            part._go_back(*numbers)
         if self._saved is not None:
             for name, tensor in self._saved.items():
                 if name == "query_buffer":
@@ -488,10 +486,10 @@ class PaddedLayer(ADMSLayer):
             return
         if not self.aligned:
             self.align()
-        if self._turns and self.dtype.itemsize < 4:
-            self.buffer = self.buffer.with_exact()
+        self._keep_exact()
+        shift = shift.to(self.device)
         for cohort in self.cohorts:
-            shifts = shift.to(self.device)[self._index(cohort)]
+            shifts = shift[self._index(cohort)]
             if bool(shifts.any()):
                 self.lend(cohort).move_window(shifts)
                 self.give_back(cohort)

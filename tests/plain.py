@@ -180,12 +180,17 @@ def importance(tokens: list[dict], config: ADMSConfig) -> list[float]:
 # -- one head ------------------------------------------------------------------------------------------------------------
 
 
-def probabilities(query: torch.Tensor, tokens: list[dict], scale: float, softcap: float | None, bias=None) -> torch.Tensor:
-    """`softmax(softcap(q.k * scale) + beta)` over the tokens; `bias`: what is added beside the log-mass."""
+def logits_of(query: torch.Tensor, tokens: list[dict], scale: float, softcap: float | None) -> torch.Tensor:
+    """`softcap(q.k * scale) + beta` of each token."""
     logits = torch.stack([token["key"] for token in tokens]) @ query * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    logits = logits + torch.tensor([token["beta"] for token in tokens], dtype=torch.float64)
+    return logits + torch.tensor([token["beta"] for token in tokens], dtype=torch.float64)
+
+
+def probabilities(query: torch.Tensor, tokens: list[dict], scale: float, softcap: float | None, bias=None) -> torch.Tensor:
+    """Softmax of `logits_of` over the tokens; `bias`: what is added beside the log-mass."""
+    logits = logits_of(query, tokens, scale, softcap)
     if bias is not None:
         logits = logits + bias
     weights = (logits - logits.max()).exp()
@@ -341,12 +346,8 @@ class PlainHead:
         for age, groups in enumerate(reversed(queries)):
             own.append([])
             for number, query in enumerate(groups):
-                weights = []
-                for token in self.tokens[: len(self.tokens) - age]:
-                    logit = float(token["key"] @ query) * self.scale
-                    if self.softcap is not None:
-                        logit = self.softcap * math.tanh(logit / self.softcap)
-                    weights.append(math.exp(logit + token["beta"]))
+                seen = self.tokens[: len(self.tokens) - age]
+                weights = logits_of(query, seen, self.scale, self.softcap).exp().tolist()
                 own[-1].append(sum(weights))
                 for slot, weight in enumerate(weights):
                     draws[slot] += weight / (own[-1][-1] if sums is None else sums[age][number])

@@ -378,14 +378,14 @@ def test_what_all_depths_share_is_read_once_and_the_last_token_is_left_to_genera
     filler = torch.arange(ord("a"), ord("z"))
     trials = list(passkey.run_trials(parrot, Letters(), Heard, filler, 500, [1.0, 0.5, 0.0], chunk_size=64))
     assert [trial.depth for trial in trials] == [0.0, 0.5, 1.0] and all(trial.found for trial in trials)
-    *read, _ = [chunk.shape[1] for chunk in parrot.given if chunk.shape[1] < 500]
+    chunks = [given.shape[1] for given in parrot.given if given.shape[1] < 500]
     needle = len(passkey.NEEDLE.format(key="12345"))
     starts = [round(depth * (500 - len(passkey.TASK + passkey.QUESTION) - needle)) for depth in (0, 0.5, 1)]
     starts = [len(passkey.TASK) + start for start in starts]
     alone = [499 - start // 64 * 64 for start in starts[:2]]
     # The last depth's prompt is what the others are compared with, and shared to its end.
-    assert sum(chunk.shape[1] for chunk in parrot.given if chunk.shape[1] < 500) == sum(alone) + 499
-    assert set(read) <= {64, 51}
+    assert sum(chunks) == sum(alone) + 499
+    assert set(chunks) <= {64, 51}
 
 
 @torch.no_grad()

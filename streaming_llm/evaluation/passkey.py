@@ -87,11 +87,6 @@ def passkey_prompt(tokenizer, filler: torch.Tensor, length: int, depth: float, k
     return torch.cat([task, body[:before], needle, body[before:], question])
 
 
-def failure(error: Exception) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
 def first_number(text: str) -> str | None:
     """The first run of digits in a text."""
     found = re.search(r"\d+", text)
@@ -106,20 +101,23 @@ def read(model, cache, tokens: torch.Tensor, chunk_size: int) -> None:
 
 @torch.no_grad()
 def ask(
-    model, tokenizer, cache, prompt: torch.Tensor, chunk_size: int = CHUNK, new_tokens: int = 16
+    model, tokenizer, cache, prompt: torch.Tensor, shared: int, chunk_size: int = CHUNK, new_tokens: int = 16
 ) -> tuple[str, str | None]:
     """Read what of a prompt, int64 `[tokens]`, a cache has not seen, in chunks, and let `generate` go on greedily.
 
-    Returns the text and what was wrong, or None. The last token is left to `generate`, which gets the whole prompt.
+    The cache itself gets the first `shared` tokens, a copy of it the others. Returns the text and what was wrong, or None.
+    The last token is left to `generate`, which gets the whole prompt.
     """
     device = next(model.parameters()).device
     try:
+        read(model, cache, prompt[cache.get_seq_length() : shared], chunk_size)
+        cache = copy.deepcopy(cache)
         read(model, cache, prompt[cache.get_seq_length() : -1], chunk_size)
         ids = prompt[None].to(device)
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            **cache_argument(model, cache),
+            **{cache_argument(model): cache},
             max_new_tokens=new_tokens,
             do_sample=False,
             pad_token_id=model.generation_config.eos_token_id or 0,
@@ -128,14 +126,13 @@ def ask(
         )
     except (IndexError, RuntimeError, ValueError) as error:
         # A method that can't go on is a finding, to be reported beside the others'.
-        return "", failure(error)
+        return "", f"{type(error).__name__}: {' '.join(str(error).split())}"
     text = tokenizer.decode(output.sequences[0, prompt.numel() :], skip_special_tokens=True)
     if not all(bool(logits.isfinite().all()) for logits in output.logits):
         return text, "the logits hold NaN or infinity"
     return text, None if text.strip() else "nothing was generated"
 
 
-@torch.no_grad()
 def run_trials(
     model,
     tokenizer,
@@ -162,13 +159,7 @@ def run_trials(
             plain = passkey_prompt(tokenizer, own, length, 1.0, key)
             alike = min(length - 1, int((prompt == plain).to(torch.int8).cumprod(0).sum()))
             began = time.perf_counter()
-            text, broken = "", None
-            try:
-                read(model, cache, prompt[cache.get_seq_length() : alike - alike % chunk_size], chunk_size)
-            except (IndexError, RuntimeError, ValueError) as error:
-                broken = failure(error)
-            if broken is None:
-                text, broken = ask(model, tokenizer, copy.deepcopy(cache), prompt, chunk_size)
+            text, broken = ask(model, tokenizer, cache, prompt, alike - alike % chunk_size, chunk_size)
             seconds = time.perf_counter() - began
             yield Trial(length, depth, key, text, first_number(text) == key, broken, seconds)
 

@@ -160,6 +160,7 @@ def soak(
     has more tensors at some times than at others.)
     """
     vocabulary = model.get_input_embeddings().weight.shape[0]
+    given = {cache_argument(model): cache}
     generator = torch.Generator().manual_seed(seed)
     # Buffers may still be built and shared anew while the cache fills and the first budgets are set.
     due = settled = min(tokens // 4, 64 * bound)
@@ -173,7 +174,7 @@ def soak(
         while seen < tokens and violation is None:
             count = min(chunk_size, tokens - seen)
             chunk = torch.randint(vocabulary, (1, count), generator=generator)
-            finite = bool(model(input_ids=chunk, **cache_argument(model, cache)).logits.isfinite().all())
+            finite = bool(model(input_ids=chunk, **given).logits.isfinite().all())
             seen, forwards = seen + count, forwards + 1
             held = held_tokens(cache)
             most = max(most, held)

@@ -102,6 +102,7 @@ def lockstep(
     """
     device = next(model.parameters()).device
     token_ids = token_ids.to(device)
+    argument = cache_argument(model)
     can_cut = "logits_to_keep" in inspect.signature(model.forward).parameters
     for start in range(0, token_ids.numel(), chunk_size):
         chunk = token_ids[start : start + chunk_size][None]
@@ -111,7 +112,7 @@ def lockstep(
         for method, cache in caches.items():
             _synchronize(device)
             began = time.perf_counter()
-            output = model(input_ids=chunk, **cache_argument(model, cache), use_cache=True, **keep)
+            output = model(input_ids=chunk, **{argument: cache}, use_cache=True, **keep)
             _synchronize(device)
             seconds = time.perf_counter() - began
             yield Chunk(method, start, end, end - rows, output.logits[0, -rows:], seconds)
