@@ -146,6 +146,8 @@ def test_a_wrong_file_is_refused_in_one_line(parser, tmp_path, capsys, content, 
         (["--dtype", "int8"], "dtype='int8'"),
         (["--device", "nonsense"], "device='nonsense'"),
         (["--concat_limit", "9", "--no-concat_stream"], "concat_limit"),
+        (["--skip_tokens", "9", "--no-concat_stream"], "skip_tokens"),
+        (["--skip_tokens", "-1"], "skip_tokens=-1"),
         (["--log_every", "-1"], "log_every=-1"),
     ],
 )

@@ -124,6 +124,15 @@ def test_concat_limit_begins_another_stream(rows):
     assert read(text.streams) == ["abcdef|g", "h|ijklmn", "op|qrs"]
 
 
+def test_the_first_tokens_can_be_left_out(rows):
+    assert read(load_text(Letters(), "some/set", sep="|", skip_tokens=5, num_eval_tokens=6).streams) == ["f|gh|i"]
+    pieces = load_text(Letters(), "some/set", sep="|", skip_tokens=1, concat_limit=8)
+    assert read(pieces.streams) == ["bcdef|gh", "|ijklmno", "p|qrs"]
+    assert read(load_text(Letters(), "some/set", sep="|", skip_tokens=20).streams) == ["rs"]
+    with pytest.raises(EvaluationError, match="no sample of at least 2 tokens to evaluate on behind its first 21 tokens"):
+        load_text(Letters(), "some/set", sep="|", skip_tokens=21)
+
+
 def test_without_concat_stream_each_sample_is_a_stream(rows):
     text = load_text(Letters(), "some/set", concat_stream=False, num_eval_tokens=10)
     assert read(text.streams) == ["abcdef", "gh", "ij"]
@@ -170,6 +179,8 @@ def test_the_datasets_library_itself_reads_a_local_folder(tmp_path):
         ({"num_samples": 0}, "num_samples=0"),
         ({"min_seq_len": -1}, "min_seq_len=-1"),
         ({"concat_limit": 1}, "concat_limit=1"),
+        ({"skip_tokens": -1}, "skip_tokens=-1"),
+        ({"skip_tokens": 9, "concat_stream": False}, "skip_tokens=9 has no meaning"),
         ({"concat_limit": 9, "concat_stream": False}, "concat_limit=9 has no meaning"),
     ],
 )

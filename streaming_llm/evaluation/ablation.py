@@ -15,7 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .cli import Parser, ProgressReport, check_least, check_plans, exit_code, prepare, split_names
+from .cli import (
+    Parser,
+    ProgressReport,
+    add_reading_flags,
+    check_least,
+    check_plans,
+    exit_code,
+    prepare,
+    read_text,
+    split_names,
+)
 from .errors import EvaluationError
 from .methods import BASE, FEATURE_SETTINGS, FEATURES, Method, Plan, cache_factory, plan_methods
 from .streaming import MethodResult
@@ -306,7 +316,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", default="float32", help="float32, bfloat16, float16 or auto (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
     add("--seed", type=int, default=0, help="seed of torch's and the caches' random numbers (%(default)s)")
-    add = parser.add_argument_group("text").add_argument
+    group = parser.add_argument_group("text")
+    add = group.add_argument
     add(
         "--texts",
         nargs="+",
@@ -314,9 +325,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help=f"{NOVEL} (the shipped novel, Pride and Prejudice), text files, or names for the datasets library ({NOVEL})",
     )
-    add("--task", help="configuration of the data sets among the texts, such as wikitext-2-raw-v1")
-    add("--split", default="test", help="their split (%(default)s)")
-    add("--text_field", default="text", help="their column that holds the text (%(default)s)")
+    add_reading_flags(group)
     add("--num_eval_tokens", type=int, default=6144, metavar="N", help="tokens to run of each text (%(default)s)")
     add = parser.add_argument_group("comparison").add_argument
     add(
@@ -386,18 +395,11 @@ def _run(arguments: argparse.Namespace) -> int:
     setup = prepare(arguments)
     console, output, model, model_name = setup.console, setup.output, setup.model, setup.model_name
 
-    from . import report, streaming, texts
+    from . import report, streaming
 
     loaded = []
     for name in dict.fromkeys(arguments.texts):
-        text = texts.load_text(
-            setup.tokenizer,
-            None if name == NOVEL else name,
-            task=arguments.task,
-            split=arguments.split,
-            text_field=arguments.text_field,
-            num_eval_tokens=arguments.num_eval_tokens,
-        )
+        text = read_text(arguments, setup.tokenizer, None if name == NOVEL else name)
         _check_length(text.total_tokens, f"the text {name!r}", plans, arguments.score_from, EvaluationError)
         # Two files of one name are told apart by their paths.
         short = NOVEL if name == NOVEL else text.name
@@ -434,7 +436,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _checked_plans(arguments: argparse.Namespace) -> dict[int, list[Plan]]:
-    check_least(arguments, {"chunk_size": 1, "score_from": 1, "log_every": 0, "num_eval_tokens": 2, "seed": 0})
+    least = {"chunk_size": 1, "score_from": 1, "log_every": 0, "num_eval_tokens": 2, "skip_tokens": 0, "seed": 0}
+    check_least(arguments, least)
     names = split_names(arguments.variants)
     settings = parse_settings(arguments.set) | {"seed": arguments.seed}
     plans = {budget: plan_variants(names, budget, settings) for budget in dict.fromkeys(arguments.budgets)}

@@ -113,9 +113,16 @@ def add_text_flags(group: argparse._ArgumentGroup) -> None:
         help="a text file (.txt, .md, also gzipped), or a name or folder for the datasets library "
         "(the shipped novel, Pride and Prejudice)",
     )
+    add_reading_flags(group)
+
+
+def add_reading_flags(group: argparse._ArgumentGroup) -> None:
+    """The flags that say what of a data set, and from where on, a text is read."""
+    add = group.add_argument
     add("--task", help="the data set's configuration, such as wikitext-2-raw-v1")
     add("--split", default="test", help="the data set's split (%(default)s)")
     add("--text_field", default="text", help="the data set's column that holds the text (%(default)s)")
+    add("--skip_tokens", type=int, default=0, metavar="N", help="begin behind the first N tokens of the text (%(default)s)")
 
 
 def add_method_flags(group: argparse._ArgumentGroup, methods: Sequence[str]) -> None:
@@ -323,6 +330,20 @@ def prepare(arguments: argparse.Namespace) -> Setup:
     return Setup(Console(), output, device, model, tokenizer, arguments.model_name_or_path or models.MODEL_NAME)
 
 
+def read_text(arguments: argparse.Namespace, tokenizer, name: str | None, **options: Any):
+    """The text `name`, None for the shipped novel, as the flags have it; `options`: others of `texts.load_text`."""
+    from . import texts
+
+    flags = ("task", "split", "text_field", "num_eval_tokens", "skip_tokens")
+    return texts.load_text(tokenizer, name, **{flag: getattr(arguments, flag) for flag in flags}, **options)
+
+
+def recorded_settings(arguments: argparse.Namespace, plans: Sequence[Plan], **more: Any) -> dict[str, Any]:
+    """What `results.json` says of a run: its flags, each method's settings, and `more`."""
+    flags = {name: value for name, value in sorted(vars(arguments).items()) if name not in ("output_dir", "config")}
+    return flags | {"methods": {plan.method.name: plan.settings for plan in plans}} | more
+
+
 def _run(arguments: argparse.Namespace, markdown: bool) -> int:
     # All that can be wrong with the arguments is found before the weights are loaded.
     plans = plan_methods(split_names(arguments.methods), resolve_settings(cache_settings(arguments)))
@@ -331,16 +352,13 @@ def _run(arguments: argparse.Namespace, markdown: bool) -> int:
     setup = prepare(arguments)
     console, output, model, model_name = setup.console, setup.output, setup.model, setup.model_name
 
-    from . import report, streaming, texts
+    from . import report, streaming
 
-    text = texts.load_text(
+    text = read_text(
+        arguments,
         setup.tokenizer,
         arguments.dataset_name,
-        task=arguments.task,
-        split=arguments.split,
-        text_field=arguments.text_field,
         num_samples=arguments.num_samples,
-        num_eval_tokens=arguments.num_eval_tokens,
         concat_stream=arguments.concat_stream,
         concat_limit=arguments.concat_limit,
         min_seq_len=arguments.min_seq_len,
@@ -363,9 +381,8 @@ def _run(arguments: argparse.Namespace, markdown: bool) -> int:
     report.print_tables(results, title, _caption(plans), console)
     if markdown:
         print(report.markdown_table(results))
-    settings = {name: value for name, value in sorted(vars(arguments).items()) if name not in ("output_dir", "config")}
-    settings["methods"] = {plan.method.name: plan.settings for plan in plans}
-    settings["text"] = {"name": text.name, "tokens": text.total_tokens, "streams": len(text.streams)}
+    described = {"name": text.name, "tokens": text.total_tokens, "streams": len(text.streams)}
+    settings = recorded_settings(arguments, plans, text=described)
     scored_from = 0  # with several streams the scored tokens are no single stretch
     if len(text.streams) == 1:
         scored_from = arguments.score_from or streaming.default_score_from(text.total_tokens)
@@ -383,6 +400,7 @@ def _check(arguments: argparse.Namespace) -> None:
         "decode_tokens": 0,
         "log_every": 0,
         "num_eval_tokens": 2,
+        "skip_tokens": 0,
         "num_samples": 1,
         "concat_limit": 2,
         "min_seq_len": 0,
@@ -393,8 +411,9 @@ def _check(arguments: argparse.Namespace) -> None:
             f"score_from={arguments.score_from} leaves nothing to score of {arguments.num_eval_tokens} tokens "
             "(num_eval_tokens)"
         )
-    if arguments.concat_limit is not None and not arguments.concat_stream:
-        raise ValueError("concat_limit has no meaning with --no-concat_stream; leave one of them out")
+    for name in ("concat_limit", "skip_tokens"):
+        if getattr(arguments, name) and not arguments.concat_stream:
+            raise ValueError(f"{name} has no meaning with --no-concat_stream; leave one of them out")
 
 
 def _caption(plans) -> str:

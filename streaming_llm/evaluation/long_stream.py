@@ -34,6 +34,8 @@ from .cli import (
     exit_code,
     parse_arguments,
     prepare,
+    read_text,
+    recorded_settings,
     split_names,
 )
 from .errors import EvaluationError
@@ -430,8 +432,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def checked_plans(arguments: argparse.Namespace) -> list[Plan]:
     """The methods to run; `ValueError` for anything wrong with the arguments."""
-    least = {"chunk_size": 1, "log_every": 0, "num_eval_tokens": 2, "full_tokens": 2, "memory_from": 1}
+    least = {"chunk_size": 1, "log_every": 0, "num_eval_tokens": 2, "skip_tokens": 0, "full_tokens": 2, "memory_from": 1}
     check_least(arguments, least)
+    return given_plans(arguments)
+
+
+def given_plans(arguments: argparse.Namespace) -> list[Plan]:
+    """The methods of the flags, at `RECENT` and `MIDDLE` where no size is given; `ValueError` for a wrong setting."""
     given = cache_settings(arguments)
     plans = own_positions(plan_methods(split_names(arguments.methods), resolve_settings(given, RECENT, MIDDLE)), given)
     check_plans(plans)
@@ -451,26 +458,17 @@ def _run(arguments: argparse.Namespace) -> int:
     setup = prepare(arguments)
     console, output, model = setup.console, setup.output, setup.model
 
-    from . import texts
-
-    text = texts.load_text(
-        setup.tokenizer,
-        arguments.dataset_name,
-        task=arguments.task,
-        split=arguments.split,
-        text_field=arguments.text_field,
-        num_eval_tokens=arguments.num_eval_tokens,
-    )
+    text = read_text(arguments, setup.tokenizer, arguments.dataset_name)
     stream = text.streams[0]
     tokens = stream.numel()
     if tokens < EIGHTHS * 2:
         raise EvaluationError(f"{text.name} gives {tokens} tokens; the eighths of a stream need at least {EIGHTHS * 2}")
     trained_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    settings = {name: value for name, value in sorted(vars(arguments).items()) if name not in ("output_dir", "config")}
-    settings["methods"] = {plan.method.name: plan.settings for plan in plans}
-    settings["text"] = {"name": text.name, "tokens": tokens}
-    settings["trained_length"] = trained_length
+    described = {"name": text.name, "tokens": tokens}
+    settings = recorded_settings(arguments, plans, text=described, trained_length=trained_length)
     title = f"{setup.model_name} on {text.name}: {tokens:,} tokens"
+    if arguments.skip_tokens:
+        title += f" from {arguments.skip_tokens:,} on"
     totals = {plan.total_tokens for plan in plans if plan.total_tokens is not None}
     if len(totals) == 1:
         title += f", {totals.pop():,} tokens a head"

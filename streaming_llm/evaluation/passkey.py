@@ -26,16 +26,14 @@ from .cli import (
     add_model_flags,
     add_output_flags,
     add_settings,
-    cache_settings,
     check_least,
-    check_plans,
     exit_code,
     parse_arguments,
     prepare,
-    split_names,
+    recorded_settings,
 )
-from .long_stream import DEFAULT_METHODS, MIDDLE, RECENT, own_positions
-from .methods import Plan, cache_factory, plan_methods, resolve_settings
+from .long_stream import DEFAULT_METHODS, MIDDLE, RECENT, given_plans
+from .methods import Plan, cache_factory
 from .report import Columns, environment, markdown_columns, print_columns, write_json
 from .streaming import REFERENCE, CacheFactory, lockstep
 
@@ -273,11 +271,7 @@ def checked_plans(arguments: argparse.Namespace) -> list[Plan]:
             raise ValueError(f"depths: {depth} is out of range; a depth must be between 0 and 1")
     if min(arguments.lengths) < 1:
         raise ValueError(f"lengths: {min(arguments.lengths)} is too small; a length must be at least 1")
-    given = cache_settings(arguments)
-    settings = resolve_settings(given, RECENT, MIDDLE)
-    plans = own_positions(plan_methods(split_names(arguments.methods), settings), given)
-    check_plans(plans)
-    return plans
+    return given_plans(arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -304,9 +298,8 @@ def _run(arguments: argparse.Namespace) -> int:
     filler = _filler(tokenizer, arguments.filler, max(arguments.lengths) + arguments.trials * SHIFT)
     for length in arguments.lengths:
         passkey_prompt(tokenizer, filler, length, 0.5, "12345")  # raises where there is no room
-    settings = {name: value for name, value in sorted(vars(arguments).items()) if name not in ("output_dir", "config")}
-    settings["methods"] = {plan.method.name: plan.settings for plan in plans}
-    settings["trained_length"] = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    trained_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    settings = recorded_settings(arguments, plans, trained_length=trained_length)
     path = setup.output / "results.json"
 
     trials: dict[str, list[Trial]] = {}

@@ -53,6 +53,7 @@ def load_text(
     text_field: str = "text",
     num_samples: int | None = None,
     num_eval_tokens: int = 6144,
+    skip_tokens: int = 0,
     concat_stream: bool = True,
     concat_limit: int | None = None,
     min_seq_len: int = 1,
@@ -63,12 +64,14 @@ def load_text(
     `dataset_name`: None for the shipped novel; the path of a text file, plain or gzipped, which is one sample; else a
     name or folder for `datasets.load_dataset`, with `task` its configuration, `split` and the column `text_field`.
     Samples with fewer than `min_seq_len` tokens are left out, and at most `num_samples` are used.
-    With `concat_stream` samples are joined, `sep` between them, into one stream, or into streams of `concat_limit`
-    tokens; otherwise each sample is a stream. Fewer tokens than asked for are used as they are, with a warning.
+    With `concat_stream` samples are joined, `sep` between them, into one stream that begins behind its first `skip_tokens`
+    tokens, or into streams of `concat_limit` tokens; otherwise each sample is a stream. Fewer tokens than asked for are
+    used as they are, with a warning.
     Raises `EvaluationError` where the text can't be had, `ValueError` for a wrong argument.
     """
     limits = (
         ("num_eval_tokens", num_eval_tokens, 2),
+        ("skip_tokens", skip_tokens, 0),
         ("num_samples", num_samples, 1),
         ("concat_limit", concat_limit, 2),
         ("min_seq_len", min_seq_len, 0),
@@ -76,29 +79,31 @@ def load_text(
     for name, number, least in limits:
         if number is not None and number < least:
             raise ValueError(f"{name}={number} is too small; it must be at least {least}")
-    if concat_limit is not None and not concat_stream:
-        raise ValueError(f"concat_limit={concat_limit} has no meaning without concat_stream; leave one of them out")
+    for name, number in (("concat_limit", concat_limit), ("skip_tokens", skip_tokens)):
+        if number and not concat_stream:
+            raise ValueError(f"{name}={number} has no meaning without concat_stream; leave one of them out")
 
     name, texts = _open(dataset_name, task, split, text_field)
     # Enough of each text to fill the streams, and to tell whether it is as long as min_seq_len.
-    wanted = max(num_eval_tokens, min_seq_len)
+    wanted = max(skip_tokens + num_eval_tokens, min_seq_len)
     samples = (ids for text in texts if len(ids := _encode(tokenizer, text, wanted)) >= max(min_seq_len, 1))
     samples = itertools.islice(samples, num_samples)
     separator = _encode(tokenizer, sep, wanted) if sep else []
 
     if concat_stream:
-        streams, used = _joined(samples, separator, num_eval_tokens, concat_limit)
+        streams, used = _joined(samples, separator, skip_tokens, num_eval_tokens, concat_limit)
     else:
         streams, used = _separate(samples, num_eval_tokens)
     if not streams:
-        raise EvaluationError(f"{name} gives no sample of at least {max(min_seq_len, 2)} tokens to evaluate on")
+        behind = f" behind its first {skip_tokens:,} tokens" if skip_tokens else ""
+        raise EvaluationError(f"{name} gives no sample of at least {max(min_seq_len, 2)} tokens to evaluate on{behind}")
     found = TextStreams(name, tuple(torch.tensor(ids, dtype=torch.int64) for ids in streams), used)
     if found.total_tokens < num_eval_tokens:
         logger.warning("%s gives %d tokens; %d were asked for", name, found.total_tokens, num_eval_tokens)
     return found
 
 
-def _joined(samples: Iterable[list[int]], separator: list[int], total: int, limit: int | None):
+def _joined(samples: Iterable[list[int]], separator: list[int], skip: int, total: int, limit: int | None):
     ids: list[int] = []
     used = 0
     for sample in samples:
@@ -106,9 +111,9 @@ def _joined(samples: Iterable[list[int]], separator: list[int], total: int, limi
             ids.extend(separator)
         ids.extend(sample)
         used += 1
-        if len(ids) >= total:
+        if len(ids) >= skip + total:
             break
-    ids = ids[:total]
+    ids = ids[skip : skip + total]
     step = limit or max(len(ids), 1)
     pieces = [ids[start : start + step] for start in range(0, len(ids), step)]
     return [piece for piece in pieces if len(piece) > 1], used
