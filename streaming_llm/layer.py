@@ -496,7 +496,7 @@ class ADMSLayer(CacheLayerMixin):
             self._save()
             self._fold_stored(self.length - new)
             if new >= slots:
-                self._fold(Queries(states, self.query_scale, self.query_softcap), self.held)
+                self._fold(self._queries(states), self.held)
                 self._keep_queries(0)
                 self._append_queries(states[:, :, :, -slots:])
                 self.query_folded = self.query_count
@@ -549,8 +549,7 @@ class ADMSLayer(CacheLayerMixin):
         """The queries stored since the last compaction (and a fit's window before), from number `start` on; None without."""
         if self.query_buffer is None or self.query_count <= start:
             return None
-        states = self.query_buffer[:, :, :, start : self.query_count]
-        return Queries(states, self.query_scale, self.query_softcap)
+        return self._queries(self.query_buffer[:, :, :, start : self.query_count])
 
     @property
     def query_slots_used(self) -> int:
@@ -564,7 +563,10 @@ class ADMSLayer(CacheLayerMixin):
         states = self.query_buffer[:, :, :, : self.query_slots_used]
         if self.query_last > self.query_count:
             states = states.roll(-self.query_count, dims=3)
-        return Queries(states, self.query_scale, self.query_softcap).last(self.config.recent_size)
+        return self._queries(states).last(self.config.recent_size)
+
+    def _queries(self, states: torch.Tensor) -> Queries:
+        return Queries(states, self.query_scale, self.query_softcap)
 
     def _fold(self, queries: Queries, held: WeightedTokens, step: int = 1) -> None:
         # Of the queries since the last compaction all are scored: every second was measured to be worse.
@@ -589,7 +591,7 @@ class ADMSLayer(CacheLayerMixin):
         window = self.config.attention_window
         # Blocks are counted from the newest query.
         for stop in range((new - 1) % window + 1, new + 1, window):
-            part = Queries(states[:, :, :, max(0, stop - window) : stop], self.query_scale, self.query_softcap)
+            part = self._queries(states[:, :, :, max(0, stop - window) : stop])
             self._fold(part, held.slice(0, before + stop), 1 if stop == new else _PREFILL_STEP)
         self._keep_queries(0)
         self._allocate_queries(states)

@@ -62,29 +62,10 @@ def smol():
 
 
 def make_tiny_llama(vocab_size: int = 128):
-    """A Llama of 2 layers, 4 query and 2 KV heads of 16 dimensions with seeded random weights, in eval mode."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """The soak's tiny random Llama, trained to 4,096 tokens, with an end-of-sequence token."""
+    from streaming_llm.evaluation.soak import tiny_model
 
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=4096,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-        # Large enough for attention to be far from uniform: a cache that loses the wrong token then shows.
-        initializer_range=0.3,
-    )
-    state = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
-    torch.random.set_rng_state(state)
-    return model
+    return tiny_model(4096, vocabulary=vocab_size, bos_token_id=1, eos_token_id=2, pad_token_id=2)
 
 
 @pytest.fixture

@@ -365,8 +365,7 @@ def give(model, cache, ids: torch.Tensor, chunk: int, error: type[BaseException]
         stream(model, ids, cache, chunk)
 
 
-@pytest.mark.parametrize("error", [Broken, KeyboardInterrupt])
-@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("after,error", [(False, Broken), (False, KeyboardInterrupt), (True, KeyboardInterrupt)])
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize("family", ["gemma2", "llama"])
 @pytest.mark.parametrize("tokens,new", [(0, 4), (20, 4), (36, 4), (60, 4)])
@@ -384,8 +383,9 @@ def test_a_failed_pass_is_taken_back_at_every_layer_of_every_kind(family, layer,
     assert [each.get_seq_length() for each in failed.layers] == [tokens + 60] * 3
 
 
-@pytest.mark.parametrize("error", [Broken, KeyboardInterrupt])
-@pytest.mark.parametrize("layer", [0, 1, 7, 8, 9])
+@pytest.mark.parametrize(
+    "layer,error", [(0, Broken), (1, KeyboardInterrupt), (7, Broken), (8, KeyboardInterrupt), (9, KeyboardInterrupt)]
+)
 @pytest.mark.parametrize("config", [BASE, PLUS, PLUS_PER_LAYER], ids=["base", "adm++", "adm++ per layer"])
 @pytest.mark.parametrize("compactions,next_chunk", [(0, 1), (0, 4), (6, 1)])
 def test_all_layers_are_at_one_point_after_a_pass_that_failed_between_two_groups(

@@ -311,10 +311,8 @@ COSTS: dict[str, Callable[[LongResult], str]] = {
     "last / 2nd tenth": lambda result: _ratio(result.timing.tail_over_head),
     "tokens/s": lambda result: f"{result.timing.tokens_per_second:.0f}",
 }
-CAPTION = (
-    "*: of the part that was read. 'worst': the highest of the eighths; 'streaming': StreamingLLM; 'restarted': the full "
-    "cache, begun anew at each eighth."
-)
+CAPTION = "*: of the part that was read. 'worst': the highest of the eighths; 'streaming': StreamingLLM"
+RESTARTED_CAPTION = "; 'restarted': the full cache, begun anew at each eighth"
 
 
 def cost_caption(results: Mapping[str, LongResult]) -> str:
@@ -499,7 +497,8 @@ def _run(arguments: argparse.Namespace) -> int:
         plot(output / "perplexity.png", results, title, trained_length)
         write_json(output / "results.json", document(results, settings, setup.device))
     columns = by_method(results)
-    print_columns(PERPLEXITIES.items(), columns, title, CAPTION, console)
+    caption = CAPTION + (RESTARTED_CAPTION if arguments.restarted else "") + "."
+    print_columns(PERPLEXITIES.items(), columns, title, caption, console)
     print_columns(COSTS.items(), columns, "Memory and time", cost_caption(results), console)
     if arguments.markdown:
         print(markdown(results))

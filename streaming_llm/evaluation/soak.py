@@ -91,13 +91,15 @@ class SoakResult:
     violation: str | None
 
 
-def tiny_model(window: int = WINDOW, seed: int = 0):
-    """A Llama of 2 layers, 4 query and 2 KV heads of 16 dimensions with random weights, trained length `window`."""
+def tiny_model(window: int = WINDOW, seed: int = 0, vocabulary: int = VOCABULARY, **settings: Any):
+    """A Llama of 2 layers, 4 query and 2 KV heads of 16 dimensions with random weights, trained to `window` tokens.
+
+    `settings`: further ones of `LlamaConfig`. torch's random numbers go on as if nothing had been drawn.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
@@ -105,10 +107,13 @@ def tiny_model(window: int = WINDOW, seed: int = 0):
         num_key_value_heads=2,
         head_dim=16,
         max_position_embeddings=window,
-        # Large enough for attention to be far from uniform.
+        # Large enough for attention to be far from uniform: a cache that loses the wrong token then shows.
         initializer_range=0.3,
+        **settings,
     )
-    return LlamaForCausalLM(config).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).eval()
 
 
 @contextlib.contextmanager
