@@ -292,7 +292,7 @@ def test_a_failed_forward_is_taken_back_at_every_layer(compressor, layer, poison
     finally:
         handle.remove()
     assert [each.get_seq_length() for each in failed.layers] == [tokens] * 2
-    more = token_ids(80, seed=2)
+    more = token_ids(50, seed=2)
     # The first pass has the failed one's size, so that a compaction falls on the same token.
     for part, chunk in ((more[:, :new], new), (more[:, new:], 4)):
         assert torch.equal(stream(MODEL, part, failed, chunk), stream(MODEL, part, never, chunk))

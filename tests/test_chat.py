@@ -292,11 +292,11 @@ def test_nothing_grows_with_the_conversation(talk):
     held, sizes = [], []
     here.model.register_forward_hook(lambda *_: held.append(here.chat.cache.held_tokens))
     own = ("model", "tokenizer", "cache", "ending")
-    for number in range(40):
+    for number in range(25):
         here.say(f"This is turn number {number:03}, which says little.")
         rest = {name: value for name, value in vars(here.chat).items() if name not in own}
         sizes.append((here.chat.cache.nbytes, len(pickle.dumps(rest))))
-    assert len(here.fed) > 20 * most
+    assert len(here.fed) > 12 * most
     assert max(held) <= most
     assert len(set(sizes[5:])) == 1
 
@@ -625,10 +625,8 @@ def test_a_real_interrupt_stops_the_answer_and_not_the_chat(arguments, endless_f
 
 
 @needs_sessions
-@pytest.mark.parametrize("options", [[], ["--temperature", "1", "--seed", "4"]], ids=["greedy", "sampled"])
-def test_a_saved_conversation_goes_on_in_a_new_process_with_the_same_answer(
-    run_script, arguments, tmp_path, capsys, options
-):
+def test_a_saved_conversation_goes_on_in_a_new_process_with_the_same_answer(run_script, arguments, tmp_path, capsys):
+    options = ["--temperature", "1", "--seed", "4"]
     path = tmp_path / "a conversation.session"
     say = "This is a turn of some length, and then there is more."
     assert run_script(say, say, f"/save {path}", "And?", options=options) == 0

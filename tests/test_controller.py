@@ -378,8 +378,9 @@ def test_between_layers_the_models_total_is_never_exceeded_and_exactly_shared(ba
     assert len(widths) > 1 and any(len(set(chosen)) > 1 for chosen in widths)
 
 
-@pytest.mark.parametrize("compressor", ["low_rank", "vq", "attention_matching"])
-@pytest.mark.parametrize("chunk,batch", [(3, 1), (5, 2)])
+@pytest.mark.parametrize(
+    "compressor,chunk,batch", [("low_rank", 3, 1), ("low_rank", 5, 2), ("vq", 3, 1), ("attention_matching", 5, 2)]
+)
 def test_layers_compacted_together_or_one_by_one_come_out_the_same(compressor, chunk, batch):
     config = ADMSConfig(
         controller_scope="model", compressor_type=compressor, enable_dual_fidelity=True, sketch_budget=3,

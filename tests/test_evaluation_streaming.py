@@ -133,8 +133,7 @@ def test_a_stream_too_short_to_score_adds_nothing(tiny_llama, token_ids):
     assert both["full"].nll == alone["full"].nll
 
 
-@pytest.mark.parametrize("chunk_size", [1, 16])
-@pytest.mark.parametrize("changed", [24, 47, 90])
+@pytest.mark.parametrize("chunk_size,changed", [(1, 47), (16, 24), (16, 47), (16, 90)])
 def test_no_method_sees_its_own_future(tiny_llama, chunk_size, changed):
     """Changing one token leaves the logits of all rows before it as they were, to the bit."""
     tokens = torch.randint(0, 128, (128,), generator=torch.Generator().manual_seed(2))

@@ -195,8 +195,8 @@ def test_every_family_streams_with_all_four_modules(name):
     model = make(name)
     config = ADMSConfig.adm_plus_plus(**SMALL, sketch_budget=4, replay_budget=2, energy_replay_threshold=1.0)
     cache = enable_adms_llm(model, config)
-    ids = token_ids(160, 2)
-    for start in range(0, 160, 5):
+    ids = token_ids(100, 2)
+    for start in range(0, 100, 5):
         assert stream(model, ids[:, start : start + 5], cache, 5).isfinite().all()
         assert cache.held_tokens <= cache.config.expected_max_tokens
     stats = cache.stats

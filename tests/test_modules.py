@@ -102,7 +102,7 @@ def test_a_reset_cache_is_as_new(scope, tokens):
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("tokens", POINTS)
+@pytest.mark.parametrize("tokens", [50, 161])
 @pytest.mark.parametrize(
     "change,rows",
     [
@@ -118,7 +118,7 @@ def test_rows_take_all_that_is_theirs_along(scope, tokens, change, rows):
     before = tensors_of(cache)
     change(cache)
     assert same(tensors_of(cache), [tensor[rows] for tensor in before])
-    more = token_ids(90, 3, seed=1)[rows]
+    more = token_ids(48, 3, seed=1)[rows]
     logits = stream(MODEL, more, cache, 3)
     assert logits.isfinite().all() and cache.held_tokens <= cache.config.expected_max_tokens
     for row, origin in enumerate(rows):
@@ -214,8 +214,7 @@ def test_nan_is_refused_and_leaves_the_modules_as_they_were(scope):
 # -- generation ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("compressor", ["low_rank", "attention_matching"])
+@pytest.mark.parametrize("scope,compressor", [("model", "low_rank"), ("layer", "attention_matching")])
 @pytest.mark.parametrize(
     "options",
     [{}, {"do_sample": True, "num_return_sequences": 2}, {"num_beams": 3}, {"num_beams": 2, "do_sample": True}],
@@ -278,7 +277,7 @@ def drawn_settings(draw) -> dict:
     chunks=st.lists(st.sampled_from([1, 2, 5, 8, 13, 40, 90]), min_size=1, max_size=14),
     batch=st.integers(1, 2),
 )
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow])
 def test_whatever_is_on_the_promises_hold(chosen, chunks, batch):
     cache = enable_adms_llm(MODEL, ADMSConfig(**chosen))
     config = cache.config

@@ -49,10 +49,10 @@ def given_positions():
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("chunk", [1, 5, 40])
 def test_positions_never_leave_the_window_and_keep_their_order(config, chunk, given_positions):
-    cache, ids = enable_adms_llm(MODEL, config), token_ids(500, 2)
-    for start in range(0, 500, chunk):
+    cache, ids = enable_adms_llm(MODEL, config), token_ids(320, 2)
+    for start in range(0, 320, chunk):
         assert stream(MODEL, ids[:, start : start + chunk], cache, chunk).isfinite().all()
-        assert cache.held_tokens <= config.expected_max_tokens and cache.get_seq_length() == min(500, start + chunk)
+        assert cache.held_tokens <= config.expected_max_tokens and cache.get_seq_length() == min(320, start + chunk)
         for layer in cache.layers:
             held = layer.held
             assert (held.pos[held.valid] >= 0).all() and (held.pos[held.valid] < WINDOW).all()
@@ -64,9 +64,8 @@ def test_positions_never_leave_the_window_and_keep_their_order(config, chunk, gi
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("start", [1_000, 5_000_000])
-def test_a_stream_far_away_gives_the_logits_of_one_near_0(config, start):
-    ids = token_ids(300)
+def test_a_stream_at_token_5_000_000_gives_the_logits_of_one_near_0(config):
+    ids, start = token_ids(300), 5_000_000
     expected = stream(MODEL, ids, enable_adms_llm(MODEL, config), 5)
     cache, parts = enable_adms_llm(MODEL, config), []
     with torch.no_grad():
@@ -184,7 +183,7 @@ def test_half_precision_streams_hold_exact_keys_once_they_moved(name, config):
     cache = enable_adms_llm(model, config)
     stream(model, token_ids(80, 2), cache, 8)
     assert not cache.layers[0].held.exact
-    stream(model, token_ids(1500, 2), cache, 8)
+    stream(model, token_ids(700, 2), cache, 8)
     for layer in cache.layers:
         held = layer.held
         assert held.exact

@@ -51,9 +51,9 @@ def divergences(model, tokens, methods: list[str], recent: int, middle: int, **o
 
 @pytest.fixture(scope="module")
 def short(smol):
-    """KL of the methods at 132 tokens a head on 1,536 tokens of the shipped novel."""
+    """KL of the methods at 132 tokens a head on 1,024 tokens of the shipped novel."""
     model, tokenizer = smol
-    tokens = load_text(tokenizer, num_eval_tokens=1536).streams[0]
+    tokens = load_text(tokenizer, num_eval_tokens=1024).streams[0]
     return divergences(model, tokens, ["streaming", "h2o", "snapkv", "tova", "adms"], 64, 64, score_from=512)
 
 
@@ -69,8 +69,8 @@ def test_the_default_stays_nearer_to_the_full_cache_than_eviction_of_equal_memor
 def test_the_four_modules_together_stay_nearer_to_the_full_cache_than_base_adms_with_as_many_tokens(smol):
     # 260 tokens a head: with 132 the two are within 3% of each other, for sketches and replay hardly pay for their slots.
     model, tokenizer = smol
-    tokens = load_text(tokenizer, num_eval_tokens=1536).streams[0]
-    kl = divergences(model, tokens, ["adms", "adm++"], 128, 128, score_from=768)
+    tokens = load_text(tokenizer, num_eval_tokens=1024).streams[0]
+    kl = divergences(model, tokens, ["adms", "adm++"], 128, 128, score_from=512)
     assert kl["adm++"] < 0.95 * kl["adms"], kl
 
 

@@ -91,8 +91,8 @@ GRID += [(name, ROWS[1], (None, 1)) for name in ("vq", "h2o", "snapkv", "tova")]
 def test_a_row_of_a_padded_batch_gives_what_it_gives_alone(compressor, lengths, chunks):
     chunks = [max(lengths) if chunk is None else chunk for chunk in chunks]
     assert_rows_equal(
-        MODEL, lambda: enable_adms_llm(MODEL, **{**SMALL, "compressor_type": compressor}), lengths, 60,
-        passes(max(lengths) + 60, *chunks),
+        MODEL, lambda: enable_adms_llm(MODEL, **{**SMALL, "compressor_type": compressor}), lengths, 40,
+        passes(max(lengths) + 40, *chunks),
     )  # fmt: skip
 
 
@@ -105,7 +105,7 @@ def test_a_row_of_a_padded_batch_gives_what_it_gives_alone(compressor, lengths, 
     start=st.integers(0, 4),
     policy=st.sampled_from(["auto", "cache", "absolute"]),
 )
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 def test_rows_stay_themselves_whatever_the_settings(lengths, sizes, recent, budget, interval, start, policy):
     chosen = {**SMALL, "recent_size": recent, "compressed_budget": budget, "compression_interval": interval,
               "start_size": start, "min_importance_tokens": 0, "position_policy": policy}  # fmt: skip
@@ -121,18 +121,17 @@ def test_a_row_stays_itself_with_all_four_modules(scope, chunks):
         **SMALL, sketch_budget=4, replay_budget=2, energy_replay_threshold=1.0, controller_scope=scope
     )
     cache = assert_rows_equal(
-        MODEL, lambda: enable_adms_llm(MODEL, config), [120, 20, 37, 7], 150, passes(270, *chunks), tolerance=1e-4
+        MODEL, lambda: enable_adms_llm(MODEL, config), [120, 20, 37, 7], 100, passes(220, *chunks), tolerance=1e-4
     )
     stats = cache.stats
     assert stats["total_replay_tokens"] and stats["total_sketch_tokens"] and stats["total_calibrations"]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("given_positions", [True, False])
+@pytest.mark.parametrize("name,given_positions", [(name, False) for name in FAMILIES] + [("llama", True), ("gpt2", True)])
 def test_every_family_takes_padded_batches(name, given_positions):
     model = make(name)
     assert_rows_equal(
-        model, lambda: enable_adms_llm(model, **SMALL), [50, 3, 20], 40, passes(90, 50, 1), given_positions=given_positions
+        model, lambda: enable_adms_llm(model, **SMALL), [50, 3, 20], 25, passes(75, 50, 1), given_positions=given_positions
     )
 
 
