@@ -217,6 +217,20 @@ def test_the_long_stream_prints_its_tables_and_writes_its_files(run, capsys):
     assert found["timing"]["adms"]["resident_growth"] is None or sys.platform == "linux"
 
 
+def test_a_stream_may_begin_further_into_the_text(run, capsys, monkeypatch):
+    read, stream_method = [], long_stream.stream_method
+
+    def noted(model, stream, *args, **options):
+        read.append(stream)
+        return stream_method(model, stream, *args, **options)
+
+    monkeypatch.setattr(long_stream, "stream_method", noted)
+    for argv in (["--num_eval_tokens", "150"], ["--num_eval_tokens", "100", "--skip_tokens", "50"]):
+        assert run(long_stream, "--methods", "streaming", *argv)[0] == 0
+    assert read[1].numel() == 100 and read[1].equal(read[0][50:])
+    assert "100 tokens from 50 on, 52 tokens a head" in " ".join(capsys.readouterr().out.split())
+
+
 def test_what_a_finished_method_found_is_there_when_the_next_one_fails(run, monkeypatch):
     whole = long_stream.stream_method
 
