@@ -254,8 +254,9 @@ def test_the_picture_marks_the_trained_length_where_the_stream_passes_it(tmp_pat
     result = long_stream.stream_method(model, token_ids(3000)[0], "adms", lambda: small_cache(model))
     for length in (1500, 4096, None):
         long_stream.plot(tmp_path / "p.png", {"adms": result}, "title", length)
-    marked = [[text.get_text() for text in figure.axes[0].texts] for figure in seen]
-    assert marked == [["trained length, 1,500"], [], []]
+    named = [[text.get_text() for text in figure.legends[0].get_texts()] for figure in seen]
+    assert named == [["adms", "trained length, 1,500"], ["adms"], ["adms"]]
+    assert list(seen[0].axes[0].lines[1].get_xdata()) == [1500, 1500]
     line = seen[0].axes[0].lines[0]
     assert list(line.get_xdata()) == [512, 1536, 2524]
     assert list(line.get_ydata()) == [part.perplexity for part in result.bins]

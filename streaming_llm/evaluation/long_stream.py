@@ -362,16 +362,9 @@ def plot(path: Path, results: Mapping[str, LongResult], title: str, trained_leng
         # A bin's value stands for all of it: a line between the middles of the bins.
         axes.plot([(part.start + part.end) / 2 for part in parts], [part.perplexity for part in parts], label=name, **look)
     if trained_length is not None and trained_length < longest:
-        axes.axvline(trained_length, color="0.35", linewidth=1.2, linestyle=(0, (2, 2)))
-        axes.annotate(
-            f"trained length, {trained_length:,}",
-            (trained_length, 0.02),
-            xycoords=axes.get_xaxis_transform(),
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="bottom",
-            color="0.35",
-        )
+        # Named in the legend: no place within the axes is sure to be free.
+        label = f"trained length, {trained_length:,}"
+        axes.axvline(trained_length, color="0.35", linewidth=1.2, linestyle=(0, (2, 2)), label=label)
     # The full cache past the trained length is worse by orders of magnitude.
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(ScalarFormatter())
