@@ -65,7 +65,7 @@ def make_tiny_llama(vocab_size: int = 128):
     """The soak's tiny random Llama, trained to 4,096 tokens, with an end-of-sequence token."""
     from streaming_llm.evaluation.soak import tiny_model
 
-    return tiny_model(4096, vocabulary=vocab_size, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    return tiny_model(4096, vocab_size=vocab_size, bos_token_id=1, eos_token_id=2, pad_token_id=2)
 
 
 @pytest.fixture

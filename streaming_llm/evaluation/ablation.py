@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .cli import (
+    LEAST_OF_TEXT,
     Parser,
     ProgressReport,
     add_reading_flags,
@@ -436,8 +437,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _checked_plans(arguments: argparse.Namespace) -> dict[int, list[Plan]]:
-    least = {"chunk_size": 1, "score_from": 1, "log_every": 0, "num_eval_tokens": 2, "skip_tokens": 0, "seed": 0}
-    check_least(arguments, least)
+    check_least(arguments, {"chunk_size": 1, "score_from": 1, "log_every": 0, **LEAST_OF_TEXT, "seed": 0})
     names = split_names(arguments.variants)
     settings = parse_settings(arguments.set) | {"seed": arguments.seed}
     plans = {budget: plan_variants(names, budget, settings) for budget in dict.fromkeys(arguments.budgets)}

@@ -31,6 +31,8 @@ INTERRUPTED = 130
 BAD_USAGE = 2
 FAILED = 1
 
+# What `check_least` is to ask of the flags that `read_text` takes.
+LEAST_OF_TEXT = {"num_eval_tokens": 2, "skip_tokens": 0}
 # Flags beside those of ADMSConfig's settings.
 _GROUPS = ("model", "text", "scoring", "output")
 
@@ -308,6 +310,11 @@ class Setup:
     tokenizer: Any
     model_name: str
 
+    @property
+    def trained_length(self) -> int | None:
+        """Tokens the model was trained on; None where its config does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
 
 def prepare(arguments: argparse.Namespace) -> Setup:
     """The console, the output directory (seen to be writable) and the model, after all arguments were checked."""
@@ -334,7 +341,7 @@ def read_text(arguments: argparse.Namespace, tokenizer, name: str | None, **opti
     """The text `name`, None for the shipped novel, as the flags have it; `options`: others of `texts.load_text`."""
     from . import texts
 
-    flags = ("task", "split", "text_field", "num_eval_tokens", "skip_tokens")
+    flags = ("task", "split", "text_field", *LEAST_OF_TEXT)
     return texts.load_text(tokenizer, name, **{flag: getattr(arguments, flag) for flag in flags}, **options)
 
 
@@ -399,8 +406,7 @@ def _check(arguments: argparse.Namespace) -> None:
         "score_from": 1,
         "decode_tokens": 0,
         "log_every": 0,
-        "num_eval_tokens": 2,
-        "skip_tokens": 0,
+        **LEAST_OF_TEXT,
         "num_samples": 1,
         "concat_limit": 2,
         "min_seq_len": 0,

@@ -21,6 +21,7 @@ import torch
 
 from . import streaming
 from .cli import (
+    LEAST_OF_TEXT,
     Parser,
     ProgressReport,
     add_method_flags,
@@ -311,8 +312,12 @@ COSTS: dict[str, Callable[[LongResult], str]] = {
     "last / 2nd tenth": lambda result: _ratio(result.timing.tail_over_head),
     "tokens/s": lambda result: f"{result.timing.tokens_per_second:.0f}",
 }
-CAPTION = "*: of the part that was read. 'worst': the highest of the eighths; 'streaming': StreamingLLM"
-RESTARTED_CAPTION = "; 'restarted': the full cache, begun anew at each eighth"
+
+
+def perplexity_caption(results: Mapping[str, LongResult]) -> str:
+    """What stands below the table of perplexities."""
+    restarted = "; 'restarted': the full cache, begun anew at each eighth" if RESTARTED in results else ""
+    return f"*: of the part that was read. 'worst': the highest of the eighths; 'streaming': StreamingLLM{restarted}."
 
 
 def cost_caption(results: Mapping[str, LongResult]) -> str:
@@ -423,8 +428,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def checked_plans(arguments: argparse.Namespace) -> list[Plan]:
     """The methods to run; `ValueError` for anything wrong with the arguments."""
-    least = {"chunk_size": 1, "log_every": 0, "num_eval_tokens": 2, "skip_tokens": 0, "full_tokens": 2, "memory_from": 1}
-    check_least(arguments, least)
+    check_least(arguments, {"chunk_size": 1, "log_every": 0, **LEAST_OF_TEXT, "full_tokens": 2, "memory_from": 1})
     return given_plans(arguments)
 
 
@@ -454,9 +458,8 @@ def _run(arguments: argparse.Namespace) -> int:
     tokens = stream.numel()
     if tokens < EIGHTHS * 2:
         raise EvaluationError(f"{text.name} gives {tokens} tokens; the eighths of a stream need at least {EIGHTHS * 2}")
-    trained_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     described = {"name": text.name, "tokens": tokens}
-    settings = recorded_settings(arguments, plans, text=described, trained_length=trained_length)
+    settings = recorded_settings(arguments, plans, text=described, trained_length=setup.trained_length)
     title = f"{setup.model_name} on {text.name}: {tokens:,} tokens"
     if arguments.skip_tokens:
         title += f" from {arguments.skip_tokens:,} on"
@@ -487,11 +490,10 @@ def _run(arguments: argparse.Namespace) -> int:
         # Written at once, for the next method may take as long again.
         names = [name for name in (RESTARTED, *(plan.method.name for plan in plans)) if name in found]
         results = compare_to_baseline({name: found[name] for name in names})
-        plot(output / "perplexity.png", results, title, trained_length)
+        plot(output / "perplexity.png", results, title, setup.trained_length)
         write_json(output / "results.json", document(results, settings, setup.device))
     columns = by_method(results)
-    caption = CAPTION + (RESTARTED_CAPTION if arguments.restarted else "") + "."
-    print_columns(PERPLEXITIES.items(), columns, title, caption, console)
+    print_columns(PERPLEXITIES.items(), columns, title, perplexity_caption(results), console)
     print_columns(COSTS.items(), columns, "Memory and time", cost_caption(results), console)
     if arguments.markdown:
         print(markdown(results))

@@ -298,8 +298,7 @@ def _run(arguments: argparse.Namespace) -> int:
     filler = _filler(tokenizer, arguments.filler, max(arguments.lengths) + arguments.trials * SHIFT)
     for length in arguments.lengths:
         passkey_prompt(tokenizer, filler, length, 0.5, "12345")  # raises where there is no room
-    trained_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    settings = recorded_settings(arguments, plans, trained_length=trained_length)
+    settings = recorded_settings(arguments, plans, trained_length=setup.trained_length)
     path = setup.output / "results.json"
 
     trials: dict[str, list[Trial]] = {}

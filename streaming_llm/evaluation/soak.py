@@ -91,26 +91,26 @@ class SoakResult:
     violation: str | None
 
 
-def tiny_model(window: int = WINDOW, seed: int = 0, vocabulary: int = VOCABULARY, **settings: Any):
+def tiny_model(window: int = WINDOW, seed: int = 0, **settings: Any):
     """A Llama of 2 layers, 4 query and 2 KV heads of 16 dimensions with random weights, trained to `window` tokens.
 
-    `settings`: further ones of `LlamaConfig`. torch's random numbers go on as if nothing had been drawn.
+    `settings`: other ones of `LlamaConfig`. torch's random numbers go on as if nothing had been drawn.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=window,
+    usual = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": window,
         # Large enough for attention to be far from uniform: a cache that loses the wrong token then shows.
-        initializer_range=0.3,
-        **settings,
-    )
+        "initializer_range": 0.3,
+    }
+    config = LlamaConfig(**usual | settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config).eval()
