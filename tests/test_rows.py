@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import make_tiny_llama, random_queries, random_states, stream, token_ids
+from costs import operators
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_families import FAMILIES, make
@@ -349,3 +350,22 @@ def test_each_rows_state_can_be_read():
             assert set(getattr(cache, name).row(number)) == set(getattr(alone, name))
     with pytest.raises(ValueError, match="row=3 must be a row of the batch"):
         list(cache.replay_bank.row(3))
+
+
+@pytest.mark.parametrize("make_config", [ADMSConfig, ADMSConfig.adm_plus_plus], ids=["base", "adm++"])
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="rows of different length are compacted one by one")
+@torch.no_grad()
+def test_rows_of_different_length_cost_hardly_more_than_equal_rows(make_config):
+    found = []
+    for shorter in (0, 1):
+        ids, mask, _ = left_padded([token_ids(60 - shorter * row, seed=row)[0] for row in range(8)])
+        cache = enable_adms_llm(MODEL, make_config(**SMALL))
+        MODEL(ids, attention_mask=mask, past_key_values=cache)
+        costs = []
+        for number in range(SMALL["compression_interval"] + 1):
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            step = {"input_ids": token_ids(1, 8, seed=number), "attention_mask": mask, "past_key_values": cache}
+            costs.append(operators(lambda step=step: MODEL(**step)))
+        found.append((max(costs), sum(costs)))
+    (equal_step, equal_total), (step, total) = found
+    assert step <= 1.3 * equal_step and total <= 1.3 * equal_total
