@@ -77,9 +77,7 @@ class ADMSKVCache(
         window: PositionWindow | None = None,
         ranks: Ranks | None = None,
     ):
-        config = ADMSConfig() if config is None else config
-        if not isinstance(config, ADMSConfig):
-            raise TypeError(f"config={config!r} must be an ADMSConfig")
+        config = ADMSConfig.check(config)
         layers = []
         if model_config is not None:
             config.check_model(model_config)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import difflib
+import functools
 import json
+import logging
 import math
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from .compressors import available_compressors, get_compressor
 
@@ -24,9 +31,7 @@ FEATURES = (
 )
 ADM_PLUS_PLUS = {
     "enable_dual_fidelity": True,
-    "sketch_budget": 32,
     "enable_residual_replay": True,
-    "replay_budget": 16,
     "energy_replay_threshold": 0.88,
     "enable_position_calibration": True,
     "enable_adaptive_controller": True,
@@ -34,6 +39,8 @@ ADM_PLUS_PLUS = {
     "controller_group_size": 2,
     "controller_scope": "model",
 }
+# What a module that is switched on has where its budget is not given.
+MODULE_BUDGETS = {"enable_dual_fidelity": ("sketch_budget", 32), "enable_residual_replay": ("replay_budget", 16)}
 # Per-token bookkeeping beside key and value: log-mass, position, score, mass, square (float32), count (int32), tier (int8).
 BOOKKEEPING_BYTES = 6 * 4 + 1
 # Per stored original beside key and value: position, share, score (float32), stand-in and arrival (int64).
@@ -45,11 +52,29 @@ CONTROLLER_BYTES, REPLAY_BYTES, CALIBRATION_BYTES = 2 * 4 + 2 * 8, 4 + 8, 8 + 2 
 # Originals a head keeps for replay, as a multiple of `replay_budget`.
 REPLAY_BANK = 4
 
+logger = logging.getLogger("streaming_llm")
+
 
 def _setting(default: Any, help: str, **limits: Any) -> Any:
     return field(default=default, metadata={"help": help, **limits})
 
 
+def _by_name(cls: type) -> type:
+    """Have a config's constructor refuse a misspelt name, and give a module that is switched on without a budget its own."""
+    made: Callable[..., None] = cls.__init__
+
+    @functools.wraps(made)
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        cls.check_names(settings)
+        given = dict(zip(cls.setting_names(), args, strict=False)) | settings
+        own = [budget for switch, budget in MODULE_BUDGETS.items() if given.get(switch) and budget[0] not in given]
+        made(self, *args, **settings, **dict(own))
+
+    cls.__init__ = __init__
+    return cls
+
+
+@_by_name
 @dataclass
 class ADMSConfig:
     """Settings of an `ADMSKVCache`. All counts are tokens per (layer, KV head).
@@ -110,14 +135,14 @@ class ADMSConfig:
         0.0, "share of the tokens chosen by importance that is spread evenly over the segments", low=0.0, high=1.0
     )
     enable_dual_fidelity: bool = _setting(False, "keep what overflows the precision tier as sketches")
-    sketch_budget: int = _setting(0, "tokens of the sketch tier", low=0)
+    sketch_budget: int = _setting(0, "tokens of the sketch tier; 32 where its module is on and this is not given", low=0)
     sketch_reduction: str = _setting("mean", "how tokens become a sketch", options=SKETCH_REDUCTIONS)
     sketch_originals: int = _setting(
         256, "originals of sketched tokens a head keeps outside the attended set, for promotion", low=0
     )
     promotion_budget: int = _setting(4, "most sketches a head promotes at a compaction", low=0)
     enable_residual_replay: bool = _setting(False, "re-inject originals while reconstruction is poor")
-    replay_budget: int = _setting(0, "tokens of the replay tier", low=0)
+    replay_budget: int = _setting(0, "tokens of the replay tier; 16 where its module is on and this is not given", low=0)
     energy_replay_threshold: float = _setting(0.9, "spectral energy below which originals are replayed", above=0.0, high=1.0)
     enable_position_calibration: bool = _setting(False, "calibrate the positions of made tokens")
     calibration_window: int = _setting(512, "anchors kept for the calibration", low=1)
@@ -146,6 +171,8 @@ class ADMSConfig:
     @staticmethod
     def _checked(item: dataclasses.Field, value: Any) -> Any:
         kind, name, limits = type(item.default), item.name, item.metadata
+        if isinstance(value, np.generic):
+            value = value.item()
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -305,10 +332,15 @@ class ADMSConfig:
             return cls(**chosen)
 
         def fits(tokens: int) -> bool:
-            return sized(tokens).memory_bytes(model_config, dtype, batch_size, moved=True) <= bytes
+            config = sized(tokens)
+            limit = config.position_limit(model_config)
+            placed = limit is None or config.most_slots <= limit
+            return placed and config.memory_bytes(model_config, dtype, batch_size, moved=True) <= bytes
 
         if not fits(1):
-            least = sized(1).memory_bytes(model_config, dtype, batch_size, moved=True)
+            smallest = sized(1)
+            smallest.fit_positions(smallest.position_limit(model_config) or smallest.most_slots)
+            least = smallest.memory_bytes(model_config, dtype, batch_size, moved=True)
             raise ValueError(f"bytes={bytes} is too little for this model and these settings: at least {least} are needed")
         if "recent_size" in settings and "compressed_budget" in settings:
             return sized(1)
@@ -320,6 +352,51 @@ class ADMSConfig:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
         return sized(low)
+
+    @property
+    def most_slots(self) -> int:
+        """Slots a head may come to use between two forward passes; more than `buffer_tokens` where layers trade budget."""
+        traded = self.enable_adaptive_controller and self.controller_scope == "model"
+        return self.buffer_tokens + self.compressed_budget * traded
+
+    def position_limit(self, model_config: Any) -> int | None:
+        """The length that all a head may hold must fit into: the trained one, or where RoPE changes its frequencies.
+
+        None where positions are never moved: with absolute positions, or without RoPE, the stream itself ends there.
+        """
+        text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+        if self.positions == "absolute" or not _ModelShape.of(model_config).rotates:
+            return None
+        lengths = [text.max_position_embeddings] if getattr(text, "max_position_embeddings", None) else []
+        parameters = text.rope_parameters
+        for rope in parameters.values() if "full_attention" in parameters else [parameters]:
+            changes = rope.get("original_max_position_embeddings") or text.max_position_embeddings
+            lengths += {"longrope": [changes], "dynamic": [changes - 1]}.get(rope.get("rope_type"), [])
+        return min(lengths, default=None)
+
+    def fit_positions(self, limit: int) -> ADMSConfig:
+        """This config, where all that a head may hold fits below `limit`, as a stream past the trained length needs it.
+
+        The default `recent_size`, which nobody chose, is shortened to what fits, with a warning. Any other raises
+        `ValueError` naming the larger of `recent_size` and `compressed_budget`, and the most it may be with the other
+        settings as they are.
+        """
+        over = self.most_slots - limit
+        if over <= 0:
+            return self
+        if over < self.recent_size == type(self).recent_size:
+            fitting = dataclasses.replace(self, recent_size=self.recent_size - over)
+            logger.warning("recent_size is %d: more does not fit into the model's %d positions", fitting.recent_size, limit)
+            return fitting
+        least = {"recent_size": 1, "compressed_budget": self.min_importance_tokens}
+        name = max(least, key=lambda name: getattr(self, name))
+        values = range(least[name], getattr(self, name))
+        fitting = bisect.bisect(values, limit, key=lambda value: dataclasses.replace(self, **{name: value}).most_slots)
+        way = f"{name}={values[fitting - 1]} is the most that does" if fitting else "choose smaller budgets"
+        raise ValueError(
+            f"{name}={getattr(self, name)} does not fit: with sinks, the other budgets and compression_interval a head may "
+            f"hold {self.most_slots} tokens, and the model was made for {limit} positions; {way}"
+        )
 
     def check_model(self, model_config: Any) -> None:
         """Raise `ValueError` for a setting that the model's shape does not allow (`rank` above head_dim)."""
@@ -357,21 +434,32 @@ class ADMSConfig:
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> ADMSConfig:
         """The config with these settings; an unknown name raises `ValueError` and names it."""
-        cls.check_names(settings)
+        if not isinstance(settings, Mapping):
+            raise TypeError(f"settings={settings!r} must be a dict of settings by name, not {type(settings).__name__}")
         return cls(**settings)
 
     @classmethod
     def check_names(cls, settings: dict[str, Any]) -> None:
         """Raise `ValueError` naming every key of `settings` that is not a setting, with the closest one that is."""
-        import difflib
-
-        unknown = [name for name in settings if name not in cls.setting_names()]
+        names = cls.setting_names()
+        unknown = [name for name in settings if name not in names]
         if unknown:
-            near = difflib.get_close_matches(unknown[0], cls.setting_names(), n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise ValueError(
-                f"unknown setting {', '.join(map(repr, unknown))}{hint}; the settings are {', '.join(cls.setting_names())}"
-            )
+            known = [*names, "adm_plus_plus"]
+            found = [near for name in unknown for near in difflib.get_close_matches(str(name), known, n=1)]
+            found = ["ADMSConfig.adm_plus_plus(...)" if near == "adm_plus_plus" else near for near in found]
+            hint = f" (did you mean {', '.join(dict.fromkeys(found))}?)" if found else ""
+            raise ValueError(f"unknown setting {', '.join(map(repr, unknown))}{hint}; the settings are {', '.join(names)}")
+
+    @classmethod
+    def check(cls, config: Any) -> ADMSConfig:
+        """The config given, the defaults for None; `TypeError` for anything else, with the way to make one of it."""
+        if config is None:
+            return cls()
+        if not isinstance(config, cls):
+            ways = ((Mapping, "from_dict(config), or give the settings by name"), ((str, os.PathLike), "from_json(config)"))
+            way = next((f": use ADMSConfig.{way}" for kinds, way in ways if isinstance(config, kinds)), "")
+            raise TypeError(f"config={config!r} must be an ADMSConfig, not {type(config).__name__}{way}")
+        return config
 
     def to_json(self, path: str | os.PathLike | None = None) -> str:
         """The settings as JSON text, also written to `path` when given."""

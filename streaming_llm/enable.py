@@ -14,7 +14,7 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from .attention import BASES, PREFIX, SDPA_ITSELF, AttendedKeys, register
 from .cache import ADMSKVCache
-from .config import ADMSConfig
+from .config import MODULE_BUDGETS, ADMSConfig
 from .group import CPU_LAYERS
 from .model_facts import describe_model
 from .parallel import Ranks
@@ -66,8 +66,7 @@ def enable_adms_llm(model: PreTrainedModel, config: ADMSConfig | None = None, **
     """
     if config is not None and settings:
         raise ValueError(f"config and the settings {', '.join(settings)} were both given: pass one or the other")
-    if config is None:
-        config = ADMSConfig.from_dict(settings)
+    config = ADMSConfig(**settings) if config is None else ADMSConfig.check(config)
     with _WIRING:
         base = check_model(model)
     cache = make_cache(model, config, explicit=bool(settings.get("enable_position_calibration")))
@@ -174,6 +173,11 @@ def make_cache(model: PreTrainedModel, config: ADMSConfig, explicit: bool = Fals
     if reason is not None and config.positions == "cache":
         raise ValueError(f"position_policy='cache' can't be: {reason}")
     window = _window(model, config, ropes, reason)
+    if window.limit is not None and window.policy != "absolute" and window.fixed is None:
+        config = config.fit_positions(window.limit)
+    for switch, (budget, _) in MODULE_BUDGETS.items():
+        if getattr(config, switch) and not getattr(config, budget):
+            logger.warning("%s=True does nothing with %s=0", switch, budget)
     cache = ADMSKVCache(
         config,
         model_config=model.config,

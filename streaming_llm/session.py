@@ -133,8 +133,8 @@ class SessionMixin:
         # Only here: enable.py knows the cache.
         from .enable import check_model, make_cache, wire
 
-        if config is not None and not isinstance(config, ADMSConfig):
-            raise TypeError(f"config={config!r} must be an ADMSConfig or None")
+        if config is not None:
+            ADMSConfig.check(config)
         saved, tensors = _read(_checked_path(path))
         base = check_model(model)
         differing = model_differences(saved["model"], describe_model(model))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_llama, stream, token_ids
@@ -265,8 +266,9 @@ def test_memory_bytes_takes_the_models_own_dtype_where_none_is_given():
 @settings(deadline=None, max_examples=40)
 def test_from_memory_fits_and_one_token_more_does_not(size, chosen):
     model_config = LlamaConfig(
-        hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, dtype="float32"
-    )
+        hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, dtype="float32",
+        max_position_embeddings=1 << 20,
+    )  # fmt: skip
     try:
         config = ADMSConfig.from_memory(model_config, size, **chosen)
     except ValueError as error:
@@ -323,3 +325,130 @@ def test_from_memory_with_everything_fixed_only_checks():
     assert (config.recent_size, config.compressed_budget) == (30, 10)
     with pytest.raises(ValueError, match="too little"):
         ADMSConfig.from_memory(model_config, 10**4, recent_size=300, compressed_budget=100)
+
+
+@pytest.mark.parametrize(
+    "switch,budget,tokens", [("enable_dual_fidelity", "sketch_budget", 32), ("enable_residual_replay", "replay_budget", 16)]
+)
+def test_a_module_switched_on_without_a_budget_has_its_own_and_a_budget_given_stays(switch, budget, tokens):
+    before = NAMES.index(switch)
+    defaults = [getattr(ADMSConfig(), name) for name in NAMES[:before]]
+    for config in (
+        ADMSConfig(**{switch: True}),
+        ADMSConfig(*defaults, True),
+        ADMSConfig.from_dict({switch: True}),
+        ADMSConfig.from_json(json.dumps({switch: True})),
+        enable_adms_llm(make_tiny_llama(), **{switch: True}).config,
+        ADMSConfig.from_memory(make_tiny_llama().config, 10**7, **{switch: True}),
+        ADMSConfig.adm_plus_plus(),
+    ):
+        assert getattr(config, budget) == tokens
+        assert ADMSConfig.from_dict(config.to_dict()) == ADMSConfig.from_json(config.to_json()) == config
+    assert getattr(ADMSConfig(**{switch: False}), budget) == getattr(ADMSConfig(), budget) == 0
+    assert getattr(ADMSConfig.adm_plus_plus(**{switch: False}), budget) == 0
+    for own in (0, 5):
+        config = ADMSConfig(**{switch: True, budget: own})
+        assert getattr(config, budget) == getattr(dataclasses.replace(config, rank=3), budget) == own
+        assert ADMSConfig.from_json(config.to_json()) == config
+
+
+def test_a_module_switched_on_with_a_budget_of_0_is_told_when_enabled(caplog):
+    enable_adms_llm(make_tiny_llama(), enable_dual_fidelity=True)
+    assert not caplog.records
+    enable_adms_llm(make_tiny_llama(), dataclasses.replace(ADMSConfig(), enable_dual_fidelity=True))
+    assert [record.getMessage() for record in caplog.records] == [
+        "enable_dual_fidelity=True does nothing with sketch_budget=0"
+    ]
+
+
+@pytest.mark.parametrize("make", [ADMSConfig, ADMSConfig.adm_plus_plus])
+@pytest.mark.parametrize(
+    "wrong,near", [("recent_sise", "recent_size"), ("rnak", "rank"), ("enable_adm_plus_plus", "ADMSConfig.adm_plus_plus")]
+)
+def test_the_constructors_refuse_a_misspelt_setting_with_the_closest_one(make, wrong, near):
+    with pytest.raises(ValueError, match=rf"unknown setting '{wrong}' \(did you mean {near}") as error:
+        make(**{wrong: True})
+    assert "the settings are start_size, recent_size" in str(error.value)
+
+
+def test_each_misspelt_setting_has_its_own_hint():
+    with pytest.raises(ValueError, match=r"'rnak', 'xyzzy', 'sede' \(did you mean rank, seed\?\)"):
+        ADMSConfig(rnak=3, xyzzy=1, sede=2)
+
+
+def test_a_config_shows_its_settings_where_an_editor_asks_for_them():
+    import inspect
+
+    assert tuple(inspect.signature(ADMSConfig).parameters) == NAMES
+
+
+@pytest.mark.parametrize(
+    "wrong,way", [({"rank": 4}, "from_dict"), ("run.json", "from_json"), (256, "not int"), (ADMSConfig, "not type")]
+)
+@pytest.mark.parametrize("take", [lambda wrong: ADMSKVCache(wrong), lambda wrong: enable_adms_llm(make_tiny_llama(), wrong)])
+def test_a_config_of_another_type_is_refused_with_the_way_to_make_one(take, wrong, way):
+    with pytest.raises(TypeError, match="config=.* must be an ADMSConfig, not ") as error:
+        take(wrong)
+    assert way in str(error.value)
+
+
+def test_settings_that_are_no_dict_are_refused():
+    with pytest.raises(TypeError, match="settings=3 must be a dict of settings by name, not int"):
+        ADMSConfig.from_dict(3)
+
+
+def test_numbers_of_numpy_are_taken_as_the_plain_ones_they_are():
+    given = {
+        "rank": np.int64(4),
+        "importance_ratio": np.float32(0.25),
+        "protect_exact": np.bool_(True),
+        "attention_blend": np.int8(1),
+    }
+    config = ADMSConfig(**given)
+    assert config == ADMSConfig(rank=4, importance_ratio=0.25, protect_exact=True, attention_blend=1)
+    assert ADMSConfig.from_json(config.to_json()) == config
+    for wrong in ({"rank": np.float64(4)}, {"rank": np.bool_(True)}, {"rank": torch.tensor(4)}):
+        with pytest.raises(TypeError, match="rank=.* must be of type int"):
+            ADMSConfig(**wrong)
+
+
+SHAPES = [
+    {}, {"use_adaptive_budget": True}, {"enable_adaptive_controller": True},
+    {"enable_adaptive_controller": True, "controller_scope": "model"}, {"enable_dynamic_sink": True},
+]  # fmt: skip
+
+
+@given(limit=st.integers(40, 400), recent=st.integers(1, 500), budget=st.integers(0, 300), shape=st.sampled_from(SHAPES))
+@settings(deadline=None, max_examples=60)
+def test_what_can_never_fit_is_refused_by_name_with_the_most_that_does(limit, recent, budget, shape):
+    config = ADMSConfig(recent_size=recent, compressed_budget=budget, min_importance_tokens=0, max_seq_length=900, **shape)
+    if config.most_slots <= limit:
+        assert config.fit_positions(limit) is config
+        return
+    with pytest.raises(ValueError) as error:
+        config.fit_positions(limit)
+    name, larger = ("recent_size", recent) if recent >= budget else ("compressed_budget", budget)
+    said = str(error.value)
+    assert said.startswith(f"{name}={larger} does not fit") and f"for {limit} positions" in said
+    if "smaller budgets" in said:
+        assert dataclasses.replace(config, **{name: 1 if name == "recent_size" else 0}).most_slots > limit
+        return
+    most = int(said.split(f"{name}=")[2].split()[0])
+    assert dataclasses.replace(config, **{name: most}).fit_positions(limit)
+    assert dataclasses.replace(config, **{name: most + 1}).most_slots > limit
+
+
+@given(size=st.integers(40_000, 10_000_000), trained=st.integers(100, 2000), shape=st.sampled_from(SHAPES[:-1]))
+@settings(deadline=None, max_examples=30)
+def test_from_memory_stays_inside_the_trained_length(size, trained, shape):
+    model_config = make_tiny_llama().config
+    model_config.max_position_embeddings = trained
+    free = ADMSConfig.from_memory(model_config, size, position_policy="absolute", compression_interval=8, **shape)
+    config = ADMSConfig.from_memory(model_config, size, compression_interval=8, **shape)
+    assert config.fit_positions(trained) is config
+    if free.most_slots <= trained:
+        assert config == dataclasses.replace(free, position_policy="auto")
+    else:
+        assert config.most_slots > trained - 8
+    with pytest.raises(ValueError, match=f"recent_size={trained} does not fit.*for {trained} positions"):
+        ADMSConfig.from_memory(model_config, 10**9, recent_size=trained)

@@ -214,7 +214,8 @@ def run_snippets(tiny_model_folder, monkeypatch, tmp_path):
     """Run a document's Python blocks in order, on a tiny model; gives the names they leave."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval()
+    # Long enough for what 64 MiB of so small a model are.
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, max_position_embeddings=1 << 20).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"

@@ -208,3 +208,68 @@ def test_only_full_attention_layers_become_adms_layers(tiny_llama):
     cache = enable_adms_llm(tiny_llama)
     assert isinstance(cache, ADMSKVCache) and len(cache.layers) == 2
     assert all(isinstance(layer, ADMSLayer) and layer.wired for layer in cache.layers)
+
+
+def trained_to(positions: int):
+    """A tiny random Llama trained to so many positions."""
+    from streaming_llm.evaluation.soak import tiny_model
+
+    return tiny_model(positions)
+
+
+@pytest.mark.parametrize("enable", [enable_adms_llm, enable_adms_low_rank, enable_adms_vq, enable_streaming_llm])
+def test_the_default_settings_work_on_a_model_of_any_trained_length(enable, caplog):
+    for positions in (256, 2048, 4096):
+        caplog.clear()
+        cache = enable(trained_to(positions), **({"rank": 8} if enable is not enable_adms_low_rank else {}))
+        assert cache.config.most_slots <= positions
+        assert cache.recent_size == 2000 or cache.config.most_slots == positions
+        assert [f"recent_size is {cache.recent_size}:" in said for said in caplog.messages] == [True] * (
+            cache.recent_size < 2000
+        )
+    cache = enable_adms_llm(trained_to(2048), ADMSConfig.adm_plus_plus())
+    assert cache.config.most_slots == 2048
+
+
+@pytest.mark.parametrize("modules", [{}, {"enable_adaptive_controller": True, "controller_scope": "model"}])
+def test_the_largest_budgets_that_are_taken_stream_past_the_trained_length(modules):
+    model, shape = trained_to(64), {**SMALL, **modules}
+    with pytest.raises(ValueError, match="recent_size=64 does not fit.*made for 64 positions") as error:
+        enable_adms_llm(model, **{**shape, "recent_size": 64})
+    most = int(str(error.value).split("recent_size=")[2].split()[0])
+    cache = enable_adms_llm(model, **{**shape, "recent_size": most})
+    stream(model, token_ids(400), cache, SMALL["compression_interval"])
+    assert cache.current_length == 400
+    with pytest.raises(ValueError, match=f"recent_size={most + 1} does not fit"):
+        enable_adms_llm(model, **{**shape, "recent_size": most + 1})
+
+
+@pytest.mark.parametrize("settings", [{"recent_size": 5000}, {"compressed_budget": 5000}, {"compression_interval": 5000}])
+def test_budgets_that_can_not_fit_are_refused_by_name_and_nothing_changed(tiny_llama, settings):
+    before = hooks_of(tiny_llama)
+    with pytest.raises(ValueError, match="does not fit: .*made for 4096 positions"):
+        enable_adms_llm(tiny_llama, rank=8, **settings)
+    assert not is_enabled(tiny_llama) and hooks_of(tiny_llama) == before
+    assert tiny_llama.config._attn_implementation == "sdpa"
+    assert enable_adms_llm(tiny_llama, rank=8, position_policy="absolute", **settings).config.most_slots > 4096
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {},
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+        | {"original_max_position_embeddings": 128},
+    ],
+    ids=lambda rope: rope.get("rope_type"),
+)
+def test_the_limit_that_is_planned_with_is_the_one_that_holds(rope):
+    model = trained_to(256)
+    if rope:
+        config = model.config
+        config.rope_parameters = {"rope_theta": 10000.0, **rope}
+        model = type(model)(config).eval()
+    cache = enable_adms_llm(model, **SMALL)
+    assert cache.config.position_limit(model.config) == cache.window.limit

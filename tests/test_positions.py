@@ -111,8 +111,9 @@ def test_the_true_positions_hold_while_they_fit_and_absolute_ones_always(given_p
 
 def test_a_move_changes_no_distance_within_a_stream_that_was_never_compacted():
     """A window that starts late is moved as a whole: attention depends on differences only."""
-    cache, ids = enable_adms_llm(MODEL, rank=8, recent_size=60), token_ids(50)
-    near = stream(MODEL, ids, enable_adms_llm(MODEL, rank=8, recent_size=60), 5)
+    roomy = {**SMALL, "recent_size": 48}
+    cache, ids = enable_adms_llm(MODEL, **roomy), token_ids(50)
+    near = stream(MODEL, ids, enable_adms_llm(MODEL, **roomy), 5)
     parts = []
     with torch.no_grad():
         for at in range(0, 50, 5):
