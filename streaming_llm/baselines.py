@@ -21,6 +21,9 @@ from .tokens import WeightedTokens, top_in_order
 class Eviction(Compressor):
     """Keep the tokens of highest score as they are; the rest is gone."""
 
+    conserves_mass: ClassVar[bool] = False
+    keeps_pinned: ClassVar[bool] = False
+
     def scores(self, tokens: WeightedTokens, reference: Reference) -> torch.Tensor:
         """The method: a score for each token, float32 `[batch, kv_heads, tokens]`."""
         return tokens.score

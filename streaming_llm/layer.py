@@ -15,7 +15,7 @@ from .autograd import unrecorded
 from .budgets import middle_variance, share_budget
 from .calibration import CalibrationState
 from .compressors import get_compressor
-from .compressors.base import Compressor, Reference
+from .compressors.base import Compressor, Reference, check_made
 from .config import ADMSConfig
 from .controller import (
     QUERY_STEP,
@@ -741,6 +741,7 @@ class ADMSLayer(CacheLayerMixin):
             log_mass=self.wired and self.queries_seen,
         )
         kept = self.compressor.compress(tokens, reference, width, budget, least)
+        check_made(type(self.compressor).__name__, kept, reference, tokens, width, budget)
         return kept, reference.assigned
 
     def _budget(self, tokens: WeightedTokens, width: int) -> tuple[torch.Tensor | None, int]:

@@ -22,12 +22,12 @@ from streaming_llm import (
     enable_adms_llm,
     register_compressor,
 )
-from streaming_llm.compressors import attention_matching, available_compressors, get_compressor
+from streaming_llm.compressors import attention_matching, available_compressors, check_compressor, get_compressor
 from streaming_llm.compressors.attention_matching import ridge_towards
 from streaming_llm.compressors.low_rank import LowRankCompressor
 from streaming_llm.compressors.vq import weighted_kmeans
 from streaming_llm.importance import attention_statistics
-from streaming_llm.tokens import EXACT, PRECISION, UNUSED, concatenate
+from streaming_llm.tokens import EXACT, PRECISION, UNUSED, concatenate, top_in_order
 
 ALL = ("low_rank", "vq", "attention_matching")
 MERGING = ("low_rank", "attention_matching")
@@ -522,3 +522,167 @@ def test_concatenated_compressions_stay_independent():
         case.compress(name, 10)
     for field, tensor in before.tensors().items():
         assert torch.equal(getattr(case.tokens, field), tensor), field
+
+
+# -- the contract --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*ALL, "h2o", "snapkv", "tova"])
+@pytest.mark.parametrize("chosen", [{}, {"protect_exact": True}, {"rank": 8, "num_clusters": 1, "importance_ratio": 0.0}])
+def test_every_compressor_of_ours_passes_the_check(name, chosen):
+    import streaming_llm.baselines  # noqa: F401 - registers them
+
+    small = {"compressed_budget": 12, "min_importance_tokens": 0, "rank": 4, "num_clusters": 4}
+    check_compressor(name, ADMSConfig(compressor_type=name, **{**small, **chosen}))
+    check_compressor(get_compressor(name))
+
+
+def too_many(tokens, made, reference, width, budget):
+    return concatenate([made, made])
+
+
+def over_budget(tokens, made, reference, width, budget):
+    return LowRankCompressor(ADMSConfig(rank=4)).compress(tokens, reference, width)
+
+
+def nothing(tokens, made, reference, width, budget):
+    return None
+
+
+def keys_alone(tokens, made, reference, width, budget):
+    return made.keys
+
+
+def other_dtype(tokens, made, reference, width, budget):
+    return dataclasses.replace(made, values=made.values.double())
+
+
+def other_heads(tokens, made, reference, width, budget):
+    return made.map(lambda tensor: tensor[:, :1])
+
+
+def not_finite(tokens, made, reference, width, budget):
+    return dataclasses.replace(made, keys=made.keys / 0.0)
+
+
+def nan_log_mass(tokens, made, reference, width, budget):
+    return dataclasses.replace(made, beta=torch.where(made.valid, torch.inf, made.beta))
+
+
+def strange_assignment(tokens, made, reference, width, budget):
+    reference.assigned = reference.assigned[:, :, :-1]
+    return made
+
+
+def lost_tokens(tokens, made, reference, width, budget):
+    return dataclasses.replace(made, count=made.count.clamp(max=1))
+
+
+def lost_mass(tokens, made, reference, width, budget):
+    return dataclasses.replace(made, beta=torch.where(made.valid, 0.0, made.beta))
+
+
+def lost_pins(tokens, made, reference, width, budget):
+    return dataclasses.replace(made, keys=made.keys + 1e-3)
+
+
+def out_of_order(tokens, made, reference, width, budget):
+    reference.assigned = None
+    return made.map(lambda tensor: tensor.flip(2))
+
+
+def written_into(tokens, made, reference, width, budget):
+    tokens.values.mul_(2)
+    return made
+
+
+def scores_written_into(tokens, made, reference, width, budget):
+    reference.weight.zero_()
+    return made
+
+
+def heads_mixed(tokens, made, reference, width, budget):
+    return dataclasses.replace(made, values=made.values + made.values.roll(1, dims=1))
+
+
+def rows_mixed(tokens, made, reference, width, budget):
+    return dataclasses.replace(made, values=made.values + made.values.roll(1, dims=0))
+
+
+def half_unused(tokens, made, reference, width, budget):
+    return dataclasses.replace(made, tier=torch.zeros_like(made.tier))
+
+
+def wrongly_assigned(tokens, made, reference, width, budget):
+    reference.assigned = torch.zeros_like(reference.assigned)
+    return made
+
+
+def seen_log_mass(tokens, made, reference, width, budget):
+    return dataclasses.replace(made, beta=torch.where(made.valid & (made.count > 1), math.log(2), made.beta))
+
+
+REFUSED = {
+    too_many: "returned keys of shape .*24, 8.*12, 8.* is asked for", nothing: "returned NoneType, not WeightedTokens",
+    over_budget: "returned more tokens than a head's budget", keys_alone: "returned Tensor, not WeightedTokens",
+    other_dtype: "returned values of .*float64.*float32.* is asked for", other_heads: "returned keys of shape",
+    not_finite: "returned NaN or infinity", nan_log_mass: "returned NaN or infinity",
+    strange_assignment: "set reference.assigned of shape",
+}  # fmt: skip
+BROKEN = {
+    lost_tokens: "count must sum to that of the tokens given", lost_mass: "attention mass must be conserved",
+    lost_pins: "a pinned token must come out with its key", out_of_order: "in the order of positions",
+    written_into: "writes into the values it was given", scores_written_into: "writes into the weight it was given",
+    heads_mixed: "heads in another order must give the same", rows_mixed: "a row alone must give the same",
+    half_unused: "count and tier must be 0", wrongly_assigned: "reference.assigned must be the slot each token went to",
+    seen_log_mass: "beta must stay 0 where reference.log_mass is False|attention mass must be conserved",
+}  # fmt: skip
+
+
+def breaking(change) -> type[Compressor]:
+    class Broken(LowRankCompressor):
+        """The low-rank compressor, its result changed."""
+
+        def compress(self, tokens, reference, width, budget=None, least=None):
+            made = super().compress(tokens, reference, width, budget, least)
+            return change(tokens, made, reference, width, budget)
+
+    return Broken
+
+
+@pytest.mark.parametrize("change", [*REFUSED, *BROKEN], ids=lambda change: change.__name__)
+def test_the_check_says_what_part_of_the_contract_is_broken(change):
+    with pytest.raises(AssertionError, match=f"^Broken: .*({(REFUSED | BROKEN)[change]}).*in _Case"):
+        check_compressor(breaking(change))
+
+
+def test_a_method_that_drops_tokens_says_so_and_passes():
+    with pytest.raises(AssertionError, match="keeps_pinned = False"):
+        check_compressor(NewestFirst)
+
+    class Declared(NewestFirst):
+        keeps_pinned = conserves_mass = False
+
+        def compress(self, tokens, reference, width, budget=None, least=None):
+            index, picked = top_in_order(tokens.pos, tokens.valid, width, budget)
+            return tokens.gather(index).where_valid(picked)
+
+    check_compressor(Declared)
+
+
+@pytest.mark.parametrize("change", REFUSED, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("modules", [{}, {"enable_adaptive_controller": True}])
+def test_a_result_that_does_not_fit_is_refused_in_the_middle_of_a_stream_by_name(registered, change, modules):
+    register_compressor("broken", breaking(change))
+    shape = {"recent_size": 16, "compressed_budget": 12, "compression_interval": 8, "start_size": 2, "rank": 4}
+    model = make_tiny_llama()
+    cache = enable_adms_llm(model, compressor_type="broken", **shape, **modules)
+    wrong = "" if change is too_many else REFUSED[change]
+    if change is over_budget and not modules:
+        stream(model, token_ids(60), cache, 4)
+        return
+    with pytest.raises((TypeError, ValueError), match=f"compressor Broken .*{wrong}"):
+        stream(model, token_ids(60), cache, 4)
+    cache.reset()
+    cache = enable_adms_llm(model, **shape)
+    stream(model, token_ids(60), cache, 4)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from .attention_matching import AttentionMatchingCompressor
 from .base import Compressor
+from .check import check_compressor
 from .low_rank import LowRankCompressor
 from .vq import VQCompressor
+
+__all__ = ["Compressor", "available_compressors", "check_compressor", "get_compressor", "register_compressor"]
 
 _REGISTRY: dict[str, type[Compressor]] = {
     "low_rank": LowRankCompressor,

@@ -48,10 +48,15 @@ class Compressor:
         needs_queries: True to have the last `attention_window` queries stored for `compress`; otherwise those since the
             last compaction are there.
         averages_keys: True where keys of made tokens are averages, whose positions may then be calibrated.
+        conserves_mass: False for a method that drops tokens: `check_compressor` then does not ask for their `count` and
+            attention mass.
+        keeps_pinned: False for a method that chooses for itself: `check_compressor` then does not ask for pinned tokens.
     """
 
     needs_queries: ClassVar[bool] = False
     averages_keys: ClassVar[bool] = False
+    conserves_mass: ClassVar[bool] = True
+    keeps_pinned: ClassVar[bool] = True
 
     def __init__(self, config: ADMSConfig):
         self.config = config
@@ -91,9 +96,45 @@ class Compressor:
 
         Returns:
             `width` slots; those beyond a head's budget unused (`beta = -inf`). They come in the order of their
-            positions, and their `count` sums to the tokens'.
+            positions, and their `count` sums to the tokens'. The tokens given stay as they are.
         """
         raise NotImplementedError
+
+
+def check_made(
+    name: str, made: WeightedTokens, reference: Reference, tokens: WeightedTokens, width: int, budget: torch.Tensor | None
+) -> None:
+    """Raise `TypeError` or `ValueError` naming the compressor where its result does not fit into the layer's buffer.
+
+    Shapes, dtypes and devices everywhere; finite numbers and budgets only on a CPU, where looking costs no wait.
+    Arguments as for `Compressor.compress`, which gave `made`.
+    """
+    if not isinstance(made, WeightedTokens):
+        raise TypeError(f"compressor {name} returned {type(made).__name__}, not WeightedTokens")
+    for field_name, like in tokens.tensors().items():
+        tensor = made.field(field_name)
+        got = tuple(tensor.shape), tensor.dtype, tensor.device
+        expected = (*like.shape[:2], width, *like.shape[3:]), like.dtype, like.device
+        if got != expected:
+            raise ValueError(f"compressor {name} returned {field_name} of {_words(*got)}; {_words(*expected)} is asked for")
+    to = reference.assigned
+    if to is not None and (to.shape, to.dtype) != (tokens.beta.shape, torch.int64):
+        raise ValueError(
+            f"compressor {name} set reference.assigned of {_words(tuple(to.shape), to.dtype, to.device)}; "
+            f"{_words(tuple(tokens.beta.shape), torch.int64, tokens.beta.device)} is asked for"
+        )
+    if made.beta.device.type != "cpu":
+        return
+    if not all(
+        bool(part.isfinite().all()) for part in (made.keys, made.values, made.beta[made.valid], made.mass, made.score)
+    ):
+        raise ValueError(f"compressor {name} returned NaN or infinity")
+    if budget is not None and bool((made.valid.sum(-1) > budget).any()):
+        raise ValueError(f"compressor {name} returned more tokens than a head's budget")
+
+
+def _words(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
+    return f"shape {list(shape)}, {dtype}, on {device}"
 
 
 def reference_probabilities(tokens: WeightedTokens, reference: Reference) -> tuple[torch.Tensor, torch.Tensor]:
