@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from .cache import ADMSKVCache
 from .compressors import register_compressor
 from .compressors.base import Compressor, Reference, reference_probabilities
+from .config import ADMSConfig
 from .enable import enable_adms_llm, enable_streaming_llm
 from .tokens import WeightedTokens, top_in_order
 
@@ -99,8 +100,9 @@ def enable_baseline(model: PreTrainedModel, name: str, **settings: Any) -> ADMSK
     if name not in BASELINES:
         raise ValueError(f"name={name!r} must be one of {', '.join(BASELINES)}")
     if name == "streaming":
-        middle = settings.pop("compressed_budget", 0)
-        settings["recent_size"] = settings.get("recent_size", 2000) + middle
+        given = {name: settings.pop(name) for name in ("recent_size", "compressed_budget") if name in settings}
+        sizes = ADMSConfig(**{"compressed_budget": 0, "min_importance_tokens": 0, **given})
+        settings["recent_size"] = sizes.recent_size + sizes.compressed_budget
         for unused in ("min_importance_tokens", "compressor_type", "importance_ratio"):
             settings.pop(unused, None)
         return enable_streaming_llm(model, **settings)

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +58,12 @@ logger = logging.getLogger("streaming_llm")
 
 def _setting(default: Any, help: str, **limits: Any) -> Any:
     return field(default=default, metadata={"help": help, **limits})
+
+
+def _positive(name: str, value: Any, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value <= 0:
+        raise ValueError(f"{name}={value!r} must be a positive {what}")
+    return int(value)
 
 
 def _by_name(cls: type) -> type:
@@ -292,6 +299,7 @@ class ADMSConfig:
                 also kept as they were, so that roundings do not add up. No more in float32 or with absolute positions.
         """
         shape = _ModelShape.of(model_config, dtype)
+        batch_size = _positive("batch_size", batch_size, "whole number of rows")
         exact = 0
         if moved and shape.itemsize < 4 and shape.rotates and self.positions != "absolute":
             exact = shape.head_dim * shape.itemsize + EXACT_BYTES
@@ -314,8 +322,7 @@ class ADMSConfig:
         The tokens that fit are shared half and half between the recent window and `compressed_budget` (the best split
         measured), except for what `settings` fixes. Raises `ValueError` when not even the smallest cache fits.
         """
-        if isinstance(bytes, bool) or not isinstance(bytes, int) or bytes <= 0:
-            raise ValueError(f"bytes={bytes!r} must be a positive whole number of bytes")
+        bytes = _positive("bytes", bytes, "whole number of bytes")
         cls.check_names(settings)
         for item in dataclasses.fields(cls):
             if item.name in settings:
@@ -458,7 +465,7 @@ class ADMSConfig:
         if not isinstance(config, cls):
             ways = ((Mapping, "from_dict(config), or give the settings by name"), ((str, os.PathLike), "from_json(config)"))
             way = next((f": use ADMSConfig.{way}" for kinds, way in ways if isinstance(config, kinds)), "")
-            raise TypeError(f"config={config!r} must be an ADMSConfig, not {type(config).__name__}{way}")
+            raise TypeError(f"config={reprlib.repr(config)} must be an ADMSConfig, not {type(config).__name__}{way}")
         return config
 
     def to_json(self, path: str | os.PathLike | None = None) -> str:
@@ -499,6 +506,8 @@ class _ModelShape:
         import torch
 
         text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+        if not hasattr(text, "num_attention_heads"):
+            raise TypeError(f"model_config is a {type(model_config).__name__} and must be a model's config, model.config")
         heads = text.num_attention_heads
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
         if text.model_type == "falcon" and text.multi_query and not text.new_decoder_architecture:
@@ -511,6 +520,8 @@ class _ModelShape:
             dtype = getattr(torch, name, None)
             if not isinstance(dtype, torch.dtype):
                 raise ValueError(f"dtype={name!r} must be a torch dtype such as float32, bfloat16 or float16")
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype={dtype!r} must be a torch dtype or its name, not {type(dtype).__name__}")
         windows = layer_windows(text)
         return cls(
             full_layers=sum(window is None for window in windows),

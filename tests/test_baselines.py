@@ -135,3 +135,10 @@ def test_an_unknown_baseline_is_refused_with_the_list():
         enable_baseline(MODEL, "kivi")
     with pytest.raises(ValueError, match="'recent'.*recent_size"):
         enable_baseline(MODEL, "h2o", recent=4)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("setting,wrong", [("recent_size", "12"), ("compressed_budget", None), ("compressed_budget", 1.5)])
+def test_a_wrong_size_is_refused_by_name_whatever_the_method(name, setting, wrong):
+    with pytest.raises(TypeError, match=f"{setting}={wrong!r} must be of type int"):
+        enable_baseline(MODEL, name, **{**EQUAL, setting: wrong})

@@ -452,3 +452,24 @@ def test_from_memory_stays_inside_the_trained_length(size, trained, shape):
         assert config.most_slots > trained - 8
     with pytest.raises(ValueError, match=f"recent_size={trained} does not fit.*for {trained} positions"):
         ADMSConfig.from_memory(model_config, 10**9, recent_size=trained)
+
+
+def test_what_sizes_are_asked_of_is_refused_by_name_where_it_is_of_another_type():
+    model, config = make_tiny_llama(), ADMSConfig(rank=8)
+    for ask in (config.memory_bytes, lambda model, **given: ADMSConfig.from_memory(model, 10**7, **given)):
+        with pytest.raises(TypeError, match="model_config is a LlamaForCausalLM and must be .*model.config"):
+            ask(model)
+        with pytest.raises(TypeError, match="dtype=16 must be a torch dtype or its name, not int"):
+            ask(model.config, dtype=16)
+        for wrong in (0, -1, 1.5, True, "2", None):
+            with pytest.raises(ValueError, match="batch_size=.* must be a positive whole number of rows"):
+                ask(model.config, batch_size=wrong)
+    assert config.memory_bytes(model.config, batch_size=np.int64(2)) == 2 * config.memory_bytes(model.config)
+    assert ADMSConfig.from_memory(model.config, np.int64(10**7)) == ADMSConfig.from_memory(model.config, 10**7)
+
+
+def test_a_message_about_a_wrong_config_stays_short_whatever_it_was():
+    for wrong in (make_tiny_llama(), {name: "x" * 100 for name in NAMES}):
+        with pytest.raises(TypeError, match="must be an ADMSConfig, not") as error:
+            ADMSKVCache(wrong)
+        assert len(str(error.value)) < 400
