@@ -1,7 +1,8 @@
 """The attention function: the model's own kernel, with the tokens' log-mass; shows the queries to the layer.
 
 Registered with transformers' `AttentionInterface` under the base implementation's name with a prefix. For any other cache
-it is the base function, called with what it would have been called with. Falcon does not ask that interface: there the
+it is the base function, called with what it would have been called with. An enabled model's attention modules see the
+prefixed name through a `WiredConfig`; the model's own config never holds it. Falcon does not ask that interface: there the
 keys themselves, as `AttendedKeys`, see to it that torch's attention is called with the log-mass.
 """
 
@@ -12,8 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .layer import ADMSLayer
@@ -22,6 +22,31 @@ PREFIX = "adms_"
 BASES = ("eager", "sdpa")
 # Model types that call torch's attention themselves, whatever is registered.
 SDPA_ITSELF = ("falcon",)
+
+
+class WiredConfig:
+    """A model's config as the attention modules of an enabled model see it: with the implementation's name prefixed.
+
+    Everything else is the config's own, now and later, so that whoever reads or sets the model's implementation (continuous
+    batching, `set_attn_implementation`, another model made from the same config) meets what was there.
+    """
+
+    def __init__(self, config: Any):
+        vars(self)["config"] = config
+
+    @property
+    def _attn_implementation(self) -> str | None:
+        """The config's implementation, with the prefix where there is a place for log-mass."""
+        own = self.config._attn_implementation
+        return PREFIX + own if own in BASES else own
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "config":  # not there yet while being copied
+            raise AttributeError(name)
+        return getattr(self.config, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.config, name, value)
 
 
 def base_attention(module: torch.nn.Module, base: str) -> Callable:
@@ -133,4 +158,3 @@ def register() -> None:
         name = PREFIX + base
         if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
             AttentionInterface.register(name, _attention(base))
-            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])

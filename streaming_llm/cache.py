@@ -118,6 +118,11 @@ class ADMSKVCache(
         """Append one layer's new tokens and return what its queries attend to; see `ADMSLayer.update`."""
         if self.broken:
             raise RuntimeError(f"the cache can't be used any more: {self.broken}. Call cache.reset() or make a new one")
+        if self.wired and self._before is None:
+            raise RuntimeError(
+                "the cache was made by enable_adms_llm, and the model it is given to is not (or no longer) enabled. Call "
+                "enable_adms_llm(model, ...) and use the cache it returns"
+            )
         self._make_layers(layer_idx)
         layer = self.layers[layer_idx]
         self._check_same_point(layer_idx, key_states.shape[2])
@@ -139,7 +144,11 @@ class ADMSKVCache(
         # A pass that failed half-way is taken back by the hooks of an enabled model; without them this is where it shows.
         first, own = self.layers[0], self.layers[layer_idx]
         if layer_idx and first.is_initialized and own.get_seq_length() + new != first.get_seq_length():
-            self.broken = f"a forward pass failed before layer {layer_idx}, the layers before it had taken its tokens"
+            self.broken = (
+                f"a forward pass failed before layer {layer_idx}, the layers before it had taken its tokens; or the model "
+                "is an encoder-decoder, whose cross attention wrote to it too and wants EncoderDecoderCache(cache, "
+                "DynamicCache())"
+            )
             raise RuntimeError(f"the cache can't be used any more: {self.broken}. Call cache.reset() or make a new one")
 
     def _make_layers(self, layer_idx: int) -> None:
@@ -613,3 +622,23 @@ class ADMSKVCache(
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(seen={self.get_seq_length()}, layers={len(self.layers)}, config={self.config})"
+
+
+def _refused(name: str) -> property:
+    def refuse(cache: ADMSKVCache) -> Any:
+        raise AttributeError(
+            f"ADMSKVCache holds keys and values, and the model asks it for {name}: a model with linear-attention, "
+            "convolution or state-space layers takes the cache that transformers makes for it (leave this one out), an "
+            "encoder-decoder EncoderDecoderCache(cache, DynamicCache())"
+        )
+
+    return property(refuse)
+
+
+# What models with other states ask of a cache, in one release of transformers or another.
+for _name in (
+    *("conv_cache", "conv_states", "recurrent_states", "ssm_states", "has_previous_state", "is_updated"),
+    *("get_conv_state", "get_recurrent_state", "update_conv_state", "update_recurrent_state", "update_indexer"),
+    *("cross_attention_cache", "self_attention_cache"),
+):
+    setattr(ADMSKVCache, _name, _refused(_name))

@@ -10,16 +10,17 @@ import threading
 from typing import Any
 
 import torch
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
-from .attention import BASES, PREFIX, SDPA_ITSELF, AttendedKeys, register
+from .attention import BASES, SDPA_ITSELF, AttendedKeys, WiredConfig, register
 from .cache import ADMSKVCache
 from .config import MODULE_BUDGETS, ADMSConfig
 from .group import CPU_LAYERS
-from .model_facts import describe_model
+from .model_facts import cache_argument, describe_model
 from .parallel import Ranks
 from .positions import PositionWindow
 from .rope import Rope, restore_frequencies, rope_layers
+from .wrappers import find_decoder, open_model
 
 # Model types whose attention was tested with the cache (tests/test_families.py holds the list to its word).
 SUPPORTED_MODEL_TYPES = (
@@ -57,20 +58,20 @@ def enable_adms_llm(model: PreTrainedModel, config: ADMSConfig | None = None, **
     earlier stay usable.
 
     Args:
-        model: a causal language model of a supported family.
+        model: a causal language model of a supported family, or a module that holds one (peft's, torch.compile's).
         config: the settings as a whole, or
         **settings: each by its name in `ADMSConfig`; an unknown one raises `ValueError` naming it.
 
     Raises:
-        ValueError: unknown or wrong setting, unsupported model family or attention implementation; nothing has changed.
+        ValueError: unknown or wrong setting, unsupported model family or attention implementation.
+        TypeError: no model, or a module that holds several. Nothing has changed after either.
     """
     if config is not None and settings:
         raise ValueError(f"config and the settings {', '.join(settings)} were both given: pass one or the other")
     config = ADMSConfig(**settings) if config is None else ADMSConfig.check(config)
-    with _WIRING:
-        base = check_model(model)
+    model = check_model(model)
     cache = make_cache(model, config, explicit=bool(settings.get("enable_position_calibration")))
-    wire(model, base, cache)
+    wire(model, cache)
     return cache
 
 
@@ -96,56 +97,61 @@ def enable_streaming_llm(
 
 
 def disable_adms_llm(model: PreTrainedModel) -> None:
-    """Undo `enable_adms_llm`: the attention implementation is what it was, the hooks are gone. Harmless when not enabled."""
+    """Undo `enable_adms_llm`: hooks and attention are what they were. Harmless for a model that is not enabled.
+
+    Raises:
+        TypeError: no model; see `enable_adms_llm`.
+    """
+    model = open_model(model)
+    decoder = find_decoder(model)
     with _WIRING:
-        wiring = model.__dict__.pop(_STATE, None)
-        if wiring is None:
-            return
-        for handle in wiring["handles"]:
-            handle.remove()
-        if wiring["prepares"]:
-            del model.prepare_inputs_for_generation
-        if model.config._attn_implementation == PREFIX + wiring["base"]:
-            model.set_attn_implementation(wiring["base"])
+        for module in (decoder, model):
+            wiring = module.__dict__.pop(_STATE, {"handles": (), "methods": ()})
+            for handle in wiring["handles"]:
+                handle.remove()
+            for name in wiring["methods"]:
+                module.__dict__.pop(name, None)
+        for module in decoder.modules():
+            own = module.__dict__.get("config")
+            if isinstance(own, WiredConfig):
+                module.config = own.config
 
 
 def is_enabled(model: PreTrainedModel) -> bool:
     """Whether the model is wired."""
-    return _STATE in model.__dict__
+    return _STATE in find_decoder(open_model(model)).__dict__
 
 
-def check_model(model: PreTrainedModel) -> str:
-    """The base attention implementation of a model that can be wired; `ValueError` for one that can't."""
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model={type(model).__name__} must be a transformers PreTrainedModel")
+def check_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, out of what is around it, where it can be wired; `TypeError` or `ValueError` where it can't."""
+    model = open_model(model)
     text = model.config.get_text_config()
     if model.config.model_type not in SUPPORTED_MODEL_TYPES and text.model_type not in SUPPORTED_MODEL_TYPES:
         raise ValueError(
             f"model type {model.config.model_type!r} can't be enabled; supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
-    implementation = model.config._attn_implementation or "eager"
-    base = implementation.removeprefix(PREFIX)
-    if text.model_type in SDPA_ITSELF and base != "sdpa":
-        raise ValueError(
-            f"attention implementation {implementation!r} of model type {text.model_type!r} has no place for log-mass; load "
-            "the model with attn_implementation='sdpa'"
-        )
-    if base not in BASES:
-        raise ValueError(
-            f"attention implementation {implementation!r} has no place for log-mass; load the model with "
-            f"attn_implementation='sdpa' or call model.set_attn_implementation('sdpa') (supported: {', '.join(BASES)})"
-        )
+    _check_attention(text)
     if getattr(text, "alibi", False):
         raise ValueError(
             f"model type {text.model_type!r} with alibi=True can't be enabled: it counts distances by index in the cache, "
             "which compaction changes; use a checkpoint with RoPE (alibi=False)"
         )
-    return base
+    return model
 
 
-def _implementation(model: PreTrainedModel, base: str) -> str:
-    """The name of the implementation a wired model has."""
-    return base if model.config.get_text_config().model_type in SDPA_ITSELF else PREFIX + base
+def _check_attention(text: PreTrainedConfig) -> None:
+    """Refuse a text model's attention implementation that can't be shown the tokens' log-mass."""
+    implementation = text._attn_implementation or "eager"
+    if text.model_type in SDPA_ITSELF and implementation != "sdpa":
+        raise ValueError(
+            f"attention implementation {implementation!r} of model type {text.model_type!r} has no place for log-mass; load "
+            "the model with attn_implementation='sdpa'"
+        )
+    if implementation not in BASES:
+        raise ValueError(
+            f"attention implementation {implementation!r} has no place for log-mass; load the model with "
+            f"attn_implementation='sdpa' or call model.set_attn_implementation('sdpa') (supported: {', '.join(BASES)})"
+        )
 
 
 def make_cache(model: PreTrainedModel, config: ADMSConfig, explicit: bool = False) -> ADMSKVCache:
@@ -194,7 +200,7 @@ def make_cache(model: PreTrainedModel, config: ADMSConfig, explicit: bool = Fals
 
 def _ropes(model: PreTrainedModel) -> tuple[tuple[Rope, ...] | None, str | None]:
     """How each layer's keys turn with position, and why they can't be moved: one of the two is None."""
-    known = model.__dict__.get(_STATE, {}).get("ropes")
+    known = find_decoder(model).__dict__.get(_STATE, {}).get("ropes")
     if known is not None:
         return known
     try:
@@ -232,36 +238,70 @@ def _layers_at_once(model: PreTrainedModel) -> int:
     return CPU_LAYERS if model.device.type == "cpu" else model.config.get_text_config().num_hidden_layers
 
 
-def wire(model: PreTrainedModel, base: str, cache: ADMSKVCache) -> None:
-    """Wrap the model's attention, whose base implementation is `base`, and register the hooks; once is enough.
+def wire(model: PreTrainedModel, cache: ADMSKVCache) -> None:
+    """Wrap the model's attention and register the hooks; once is enough. Where that fails, nothing has changed.
 
     What was found out about its RoPE for `cache` is remembered for the next.
     """
-    with _WIRING:
-        if is_enabled(model):
-            if model.config._attn_implementation == _implementation(model, base) and model.__dict__[_STATE]["base"] == base:
-                return
-            # The user chose another implementation since: wrap that one.
-            disable_adms_llm(model)
-        register()
-        if _implementation(model, base) != base:
-            model.set_attn_implementation(PREFIX + base)
-        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-        before = decoder.register_forward_pre_hook(_before_forward, with_kwargs=True)
-        after = decoder.register_forward_hook(_after_forward, with_kwargs=True, always_call=True)
-        logits = model.register_forward_pre_hook(_before_logits, with_kwargs=True)
-        prepares = isinstance(model, GenerationMixin) and "prepare_inputs_for_generation" not in model.__dict__
-        if prepares:
-            prepare = functools.partial(_prepare_inputs, model)
+    decoder = find_decoder(model)
+    try:
+        with _WIRING:
+            if _STATE not in decoder.__dict__:
+                _wire_decoder(decoder, cache)
+            if decoder is not model and _STATE not in model.__dict__:
+                _wire_head(model)
+    except BaseException:
+        disable_adms_llm(model)
+        raise
+
+
+def _wire_decoder(decoder: torch.nn.Module, cache: ADMSKVCache) -> None:
+    handles: list[Any] = []
+    decoder.__dict__[_STATE] = {
+        "handles": handles,
+        "methods": (),
+        "argument": cache_argument(decoder),
+        "ropes": cache.ropes,
+    }
+    register()
+    handles.append(decoder.register_forward_pre_hook(_before_forward, with_kwargs=True))
+    handles.append(decoder.register_forward_hook(_after_forward, with_kwargs=True, always_call=True))
+    if decoder.config.model_type in SDPA_ITSELF:
+        return
+    wired = WiredConfig(decoder.config)
+    for module in decoder.modules():
+        # A model within keeps its own: transformers looks there for whom to tell of another implementation.
+        if module.__dict__.get("config") is decoder.config and not isinstance(module, PreTrainedModel):
+            module.config = wired
+
+
+def _wire_head(model: PreTrainedModel) -> None:
+    handles: list[Any] = []
+    methods: list[str] = []
+    model.__dict__[_STATE] = {"handles": handles, "methods": methods, "argument": cache_argument(model)}
+    handles.append(model.register_forward_pre_hook(_before_logits, with_kwargs=True))
+    if not isinstance(model, GenerationMixin):
+        return
+    for name, replacement in (("prepare_inputs_for_generation", _prepare_inputs), ("generate", _generate)):
+        if name not in model.__dict__:
+            method = functools.partial(replacement, model)
             # generate reads there what it may pass.
-            prepare.__signature__ = inspect.signature(model.prepare_inputs_for_generation)
-            model.prepare_inputs_for_generation = prepare
-        model.__dict__[_STATE] = {
-            "base": base,
-            "handles": (before, after, logits),
-            "prepares": prepares,
-            "ropes": cache.ropes,
-        }
+            method.__signature__ = inspect.signature(getattr(model, name))
+            methods.append(name)
+            setattr(model, name, method)
+
+
+def _generate(model: PreTrainedModel, *args, **kwargs) -> Any:
+    """The model's own `generate`, which takes an `ADMSKVCache` by either name."""
+    return type(model).generate(model, *args, **_named(model, kwargs))
+
+
+def _named(model: PreTrainedModel, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, with an `ADMSKVCache` under the name that the model has for it."""
+    cache, argument = _given_cache(given), model.__dict__[_STATE]["argument"]
+    if cache is None or argument in given:
+        return given
+    return {**{name: value for name, value in given.items() if value is not cache}, argument: cache}
 
 
 def _prepare_inputs(model: PreTrainedModel, input_ids: torch.Tensor, *args, **kwargs) -> dict[str, Any]:
@@ -299,7 +339,7 @@ def _given_cache(given: dict[str, Any]) -> ADMSKVCache | None:
 def _arguments(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
     if not args:
         return kwargs
-    return inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
 
 
 def _before_forward(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -321,28 +361,38 @@ def _before_forward(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple
             f"input_ids bring no new tokens: the cache has seen {cache.get_seq_length()}. generate takes input_ids as the "
             "whole text so far, or as what is new where attention_mask is as long as the whole (transformers 5.3 or newer)"
         )
+    if getattr(module, "_is_replica", False):
+        raise ValueError("DataParallel has several threads fill one cache: use the model it holds (.module) instead")
+    _check_attention(module.config)
     cache.keys_as = AttendedKeys.of if module.config.model_type in SDPA_ITSELF else None
     if cache.changing_frequencies:
         restore_frequencies(module)
     positions, mask = cache.begin_forward(
         given.get("position_ids"), given.get("attention_mask"), tokens.shape[1], tokens.shape[0], tokens.device
     )
-    if positions is given.get("position_ids") and mask is given.get("attention_mask"):
+    named = _named(module, given)
+    if positions is given.get("position_ids") and mask is given.get("attention_mask") and named is given:
         return None
-    return (), {**given, "position_ids": positions, "attention_mask": mask}
+    return (), {**named, "position_ids": positions, "attention_mask": mask}
 
 
-def _before_logits(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-    """Refuse right padding where the logits asked for are those of padding."""
+def _before_logits(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Give the cache the name it has here, and refuse right padding where the logits asked for are those of padding."""
+    if _given_cache(kwargs) is None:
+        return None
     mask = kwargs.get("attention_mask")
-    kept = kwargs.get("logits_to_keep")
-    if type(kept) is not int or kept != 1 or _given_cache(kwargs) is None:
-        return
-    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and bool(((mask[:, -1] == 0) & mask.bool().any(-1)).any()):
+    last_only = type(kwargs.get("logits_to_keep")) is int and kwargs["logits_to_keep"] == 1
+    if (
+        last_only
+        and isinstance(mask, torch.Tensor)
+        and mask.dim() == 2
+        and bool(((mask[:, -1] == 0) & mask.bool().any(-1)).any())
+    ):
         raise ValueError(
             "attention_mask has padding after the last token of a row, whose next token would be predicted from padding: "
             "pad on the left (tokenizer.padding_side = 'left')"
         )
+    return args, _named(module, kwargs)
 
 
 def _after_forward(module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:

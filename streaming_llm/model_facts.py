@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .config import layer_windows
+from .wrappers import find_decoder, open_model
 
 # What decides the shape of keys and values and what they mean.
 _FACTS = (
@@ -35,7 +36,8 @@ def cache_argument(model: Any) -> str:
 
     It reads the signature of `forward`: ask once and not at every pass.
     """
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    forward = type(open_model(model)).forward
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 def describe_model(model: torch.nn.Module) -> dict[str, Any]:
@@ -102,7 +104,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def layer_devices(model: torch.nn.Module) -> list[torch.device]:
     """The device each layer computes its keys on."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    decoder = find_decoder(model)
     devices = [model.device] * model.config.get_text_config().num_hidden_layers
     for name, module in decoder.named_modules():
         number = re.fullmatch(r"\w+\.(\d+)", name)

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from .model_facts import cache_argument
+from .wrappers import find_decoder
 
 SUPPORTED_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional")
 
@@ -388,7 +389,7 @@ def _decoder(model: nn.Module) -> tuple[nn.Module, Any]:
     """The module that holds the layers, and its config."""
     if not hasattr(model, "get_decoder") or not hasattr(model, "config"):
         raise ValueError(f"model={type(model).__name__}: allowed are transformers models (PreTrainedModel)")
-    decoder = model.get_decoder()
+    decoder = find_decoder(model)
     return decoder, decoder.config
 
 

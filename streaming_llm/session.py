@@ -136,7 +136,7 @@ class SessionMixin:
         if config is not None:
             ADMSConfig.check(config)
         saved, tensors = _read(_checked_path(path))
-        base = check_model(model)
+        model = check_model(model)
         differing = model_differences(saved["model"], describe_model(model))
         if differing:
             raise ValueError(f"path={str(path)!r} was saved from another model: {differing}")
@@ -146,7 +146,7 @@ class SessionMixin:
             raise ValueError(f"path={str(path)!r} was saved with other settings: {differing}")
         with torch.inference_mode(False), torch.no_grad():
             _restore(cache, saved, tensors, layer_devices(model))
-        wire(model, base, cache)
+        wire(model, cache)
         return cache
 
 

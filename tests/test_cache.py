@@ -584,3 +584,38 @@ def test_decoding_at_the_bound_costs_so_much_more_than_decoding_with_the_models_
     # A pass of transformers' first releases calls less.
     most_calls = 1.9 if version.parse(transformers.__version__) >= version.parse("5.3") else 2.05
     assert more_operators <= 1.45 and more_calls <= most_calls
+
+
+def hybrid(name: str):
+    """A tiny random model some of whose layers keep other states than keys and values."""
+    sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "pad_token_id": 0}  # fmt: skip
+    own = {
+        "Lfm2": {"layer_types": ["conv", "full_attention"]},
+        "Jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "mamba_d_state": 4, "mamba_dt_rank": 4},
+        "Qwen3Next": {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 2, "head_dim": 8,
+                      "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 2,
+                      "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "num_experts_per_tok": 1},
+    }  # fmt: skip
+    config = getattr(transformers, f"{name}Config")(**sizes, **own[name])
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize("name", ["Lfm2", "Jamba", "Qwen3Next"])
+@pytest.mark.parametrize("informed", [False, True])
+def test_a_model_with_layers_of_another_kind_is_told_to_use_its_own_cache(name, informed):
+    model = hybrid(name)
+    cache = ADMSKVCache(ADMSConfig(rank=4), model_config=model.config if informed else None)
+    with pytest.raises(AttributeError, match="ADMSKVCache holds keys and values.*the cache that transformers makes for it"):
+        model.generate(token_ids(8), past_key_values=cache, max_new_tokens=2)
+
+
+def test_an_encoder_decoder_takes_the_cache_for_its_self_attention_and_says_so_where_it_got_it_alone():
+    settings = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 128}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**settings, decoder_start_token_id=0)).eval()
+    ids = token_ids(20)
+    inputs = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    with pytest.raises(RuntimeError, match=r"an encoder-decoder.*EncoderDecoderCache\(cache, DynamicCache\(\)\)"):
+        model.generate(ids, past_key_values=ADMSKVCache(ADMSConfig(rank=4)), **inputs)
+    cache = transformers.EncoderDecoderCache(ADMSKVCache(ADMSConfig(rank=4)), DynamicCache())
+    assert torch.equal(model.generate(ids, past_key_values=cache, **inputs), model.generate(ids, **inputs))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import sys
+import warnings
+
 import pytest
 import torch
+import transformers
 from conftest import make_tiny_llama, stream, token_ids
-from transformers import BertConfig, BertModel, DynamicCache, OPTConfig, OPTForCausalLM
+from transformers import BertConfig, BertModel, DynamicCache, GenerationConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from streaming_llm import (
     SUPPORTED_MODEL_TYPES,
@@ -18,6 +23,8 @@ from streaming_llm import (
     enable_adms_vq,
     enable_streaming_llm,
 )
+from streaming_llm import enable as wiring
+from streaming_llm.attention import WiredConfig
 from streaming_llm.enable import is_enabled
 
 SMALL = {"start_size": 2, "recent_size": 16, "compressed_budget": 12, "compression_interval": 8, "rank": 8}
@@ -53,11 +60,12 @@ def test_disabling_restores_everything(implementation):
     forward = model.forward
     stream(model, ids, enable_adms_llm(model, **SMALL), 7)
     assert is_enabled(model) and hooks_of(model) != hooks
-    assert model.config._attn_implementation == f"adms_{implementation}"
+    assert model.config._attn_implementation == implementation
+    assert model.model.layers[0].self_attn.config._attn_implementation == f"adms_{implementation}"
     disable_adms_llm(model)
     assert not is_enabled(model) and hooks_of(model) == hooks and set(model.__dict__) == attributes
     assert model.config._attn_implementation == implementation and model.forward == forward
-    assert all(getattr(module, "config", model.config)._attn_implementation == implementation for module in model.modules())
+    assert all(getattr(module, "config", model.config) is model.config for module in model.modules())
     assert torch.equal(stream(model, ids, DynamicCache(config=model.config), 7), expected)
     disable_adms_llm(model)
 
@@ -103,7 +111,7 @@ def test_a_change_of_implementation_by_the_user_is_kept(tiny_llama):
     enable_adms_llm(tiny_llama, **SMALL)
     tiny_llama.set_attn_implementation("eager")
     cache = enable_adms_llm(tiny_llama, **SMALL)
-    assert tiny_llama.config._attn_implementation == "adms_eager"
+    assert tiny_llama.model.layers[0].self_attn.config._attn_implementation == "adms_eager"
     stream(tiny_llama, token_ids(80), cache, 5)
     disable_adms_llm(tiny_llama)
     assert tiny_llama.config._attn_implementation == "eager"
@@ -273,3 +281,162 @@ def test_the_limit_that_is_planned_with_is_the_one_that_holds(rope):
         model = type(model)(config).eval()
     cache = enable_adms_llm(model, **SMALL)
     assert cache.config.position_limit(model.config) == cache.window.limit
+
+
+def traces_of(model) -> list:
+    """Everything enabling could leave behind in a model."""
+    parts = [(sorted(vars(module)), vars(module).get("config"), type(module).forward) for module in model.modules()]
+    implementations = [config._attn_implementation for _, config, _ in parts if config is not None]
+    return [*[(names, id(config), forward) for names, config, forward in parts], *implementations, *hooks_of(model)]
+
+
+class Failure(BaseException):
+    """What a step of the wiring fails with."""
+
+
+@pytest.mark.parametrize("function", ["wire", "_wire_decoder", "_wire_head"])
+def test_enabling_that_fails_at_any_step_leaves_nothing_behind(function):
+    model, code = make_tiny_llama(), getattr(wiring, function).__code__
+    before, failures = traces_of(model), 0
+
+    def failing_at(line: int):
+        def fail(frame, event, _):
+            if frame.f_code is code and event == "line" and frame.f_lineno == line:
+                raise Failure
+            return fail if frame.f_code is code else None
+
+        return fail
+
+    for line in {line for _, _, line in code.co_lines() if line is not None}:
+        earlier = sys.gettrace()
+        sys.settrace(failing_at(line))
+        try:
+            enable_adms_llm(model, **SMALL)
+        except Failure:
+            failures += 1
+        finally:
+            sys.settrace(earlier)
+        if is_enabled(model):  # a line that is not reached
+            disable_adms_llm(model)
+        assert traces_of(model) == before, line
+    assert failures >= 5
+
+
+def test_the_config_is_never_changed_and_the_attention_sees_what_is_set_in_it(tiny_llama):
+    model, ids = tiny_llama, token_ids(60)
+    before = copy.deepcopy(model.config.__dict__)
+    cache = enable_adms_llm(model, **SMALL)
+    assert model.config.__dict__ == before and model.config is model.model.config
+    seen = model.model.layers[0].self_attn.config
+    model.config.hidden_act = "gelu"
+    assert isinstance(seen, WiredConfig) and seen.hidden_act == "gelu"
+    seen.hidden_act = "silu"
+    assert model.config.hidden_act == "silu"
+    sdpa = stream(model, ids[:, :30], cache, 5)
+    model.set_attn_implementation("eager")
+    assert seen._attn_implementation == "adms_eager"
+    eager = stream(model, ids[:, 30:], cache, 5)
+    assert sdpa.isfinite().all() and eager.isfinite().all()
+    model.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ValueError, match="flash_attention_2.*set_attn_implementation"):
+        stream(model, ids[:, :5], cache, 5)
+    assert cache.get_seq_length() == 60
+    model.set_attn_implementation("sdpa")
+    assert stream(model, ids[:, :5], cache, 5).isfinite().all()
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_two_models_of_one_config_are_enabled_and_disabled_each_by_itself(implementation):
+    one = make_tiny_llama()
+    two, ids = LlamaForCausalLM(one.config).eval(), token_ids(60)
+    two.load_state_dict(one.state_dict())
+    one.set_attn_implementation(implementation)
+    before = traces_of(two)
+    expected = stream(one, ids, enable_adms_llm(one, **SMALL), 5)
+    assert traces_of(two) == before
+    cache = enable_adms_llm(two, **SMALL)
+    disable_adms_llm(one)
+    assert torch.equal(stream(two, ids, cache, 5), expected) and is_enabled(two) and not is_enabled(one)
+    disable_adms_llm(two)
+    assert traces_of(two) == before
+
+
+def test_a_copy_of_an_enabled_model_is_enabled_and_disabled_by_itself(tiny_llama):
+    ids, before = token_ids(60), hooks_of(tiny_llama)
+    expected = stream(tiny_llama, ids, enable_adms_llm(tiny_llama, **SMALL), 5)
+    twin = copy.deepcopy(tiny_llama)
+    disable_adms_llm(tiny_llama)
+    assert torch.equal(stream(twin, ids, enable_adms_llm(twin, **SMALL), 5), expected)
+    assert twin.model.layers[0].self_attn.config.config is twin.config
+    disable_adms_llm(twin)
+    assert hooks_of(twin) == hooks_of(tiny_llama) == before
+    assert all(getattr(module, "config", twin.config) is twin.config for module in twin.modules())
+
+
+def test_a_model_and_its_decoder_may_both_be_enabled(tiny_llama):
+    ids, before = token_ids(60), traces_of(tiny_llama)
+    expected = stream(tiny_llama, ids, enable_adms_llm(tiny_llama, **SMALL), 5)
+    hooks = hooks_of(tiny_llama)
+    enable_adms_llm(tiny_llama.model, **SMALL)
+    assert hooks_of(tiny_llama) == hooks
+    disable_adms_llm(tiny_llama.model)
+    assert not is_enabled(tiny_llama)
+    assert torch.equal(stream(tiny_llama, ids, enable_adms_llm(tiny_llama, **SMALL), 5), expected)
+    disable_adms_llm(tiny_llama)
+    assert traces_of(tiny_llama) == before
+
+
+@pytest.mark.parametrize("positional", [True, False])
+def test_a_model_not_enabled_refuses_an_enabled_models_cache_at_the_first_pass(positional):
+    model, other, ids = make_tiny_llama(), make_tiny_llama(), token_ids(8)
+    for wrong in (other, other.model, model, model.model):
+        cache = enable_adms_llm(model, **SMALL)
+        if wrong in (model, model.model):
+            disable_adms_llm(model)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"not \(or no longer\) enabled.*enable_adms_llm"), torch.no_grad():
+                wrong(*([ids] if positional else []), **({} if positional else {"input_ids": ids}), past_key_values=cache)
+        assert cache.get_seq_length() == 0
+        enable_adms_llm(model)
+        assert stream(model, ids, cache, 4).isfinite().all() and cache.get_seq_length() == 8
+
+
+def test_continuous_batching_of_an_enabled_model_says_what_it_says_without():
+    model = make_tiny_llama()
+    model.set_attn_implementation("eager")
+    asked = [token_ids(7, seed=1)[0].tolist(), token_ids(9, seed=2)[0].tolist()]
+    settings = {"num_blocks": 8, "max_batch_tokens": 64}
+    options = {}
+    if hasattr(transformers, "ContinuousBatchingConfig"):
+        own = transformers.ContinuousBatchingConfig(**settings, page_size=16, max_requests_per_batch=4)
+        options = {"continuous_batching_config": own, "warmup": False}
+    else:
+        model.generation_config.update(**settings)
+
+    def said() -> list[list[int]]:
+        chosen = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=2)
+        found = model.generate_batch(inputs=asked, generation_config=chosen, **options)
+        # Releases before 5.3 leave the implementation changed.
+        model.set_attn_implementation("eager")
+        return [answer.generated_tokens for answer in found.values()]
+
+    expected = said()
+    cache = enable_adms_llm(model, **SMALL)
+    assert said() == expected
+    assert stream(model, token_ids(60), cache, 5).isfinite().all() and cache.stats["total_compressions"] > 0
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_both_names_of_the_cache_are_taken_without_a_warning(tiny_llama, name):
+    ids = token_ids(40)
+    inputs = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 20, "min_new_tokens": 20}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        cache = enable_adms_llm(tiny_llama, **SMALL)
+        said = tiny_llama.generate(ids, **inputs, **{name: cache})
+        assert said.shape[1] == 60 and cache.get_seq_length() == 59 and cache.stats["total_compressions"] > 0
+        for model in (tiny_llama, tiny_llama.model):
+            for given in ((ids,), ()):
+                cache = enable_adms_llm(tiny_llama, **SMALL)
+                model(*given, **({} if given else {"input_ids": ids}), **{name: cache})
+                assert cache.get_seq_length() == 40
