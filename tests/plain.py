@@ -2,7 +2,7 @@
 
 `plain_stream` runs a transformers model with its own modules and, in its layers of full attention, a cache and an attention
 made of the loops below. What the package computes batched must equal it. Everything here is in double precision, so what
-differs is the package's rounding. Base ADMS with the `low_rank` compressor only: the modules are off.
+differs is the package's rounding. Base ADMS with the `low_rank` compressor only; `plain_modules.py` adds the rest to it.
 
 Where two candidates are so close that rounding decides between them, nothing says which one is right. Every choice records
 how close it was (`margins`), and a stream says up to which token no choice was closer than `TIE` (`PlainCache.steady`).
@@ -101,6 +101,7 @@ def merge(
                 "beta": betas[kept] + math.log(total / masses[kept]) if len(joined) > 1 else betas[kept],
                 "count": sum(counts[slot] for slot in joined),
                 "mass": total,
+                "members": joined,
             }
         )
     return result
@@ -177,6 +178,22 @@ def importance(tokens: list[dict], config: ADMSConfig) -> list[float]:
     return [blend * s / sum(scores) + (1 - blend) * v / sum(lengths) for s, v in zip(scores, lengths, strict=True)]
 
 
+def covering(pool: list[dict], worth: list[float], wanted: int, config: ADMSConfig, margins: list[float]) -> list[float]:
+    """The importance with the best tokens of each of `coverage_segments` stretches of the middle lifted above all others."""
+    segments = config.coverage_segments
+    each = round(config.coverage_priority * wanted) // segments
+    if each == 0:
+        return worth
+    first, last = min(token["pos"] for token in pool), max(token["pos"] for token in pool)
+    segment = [min(int((token["pos"] - first) / max(last - first, 1) * segments), segments - 1) for token in pool]
+    lift, lifted = max(worth) + 1, list(worth)
+    for number in range(segments):
+        own = [slot for slot in range(len(pool)) if segment[slot] == number]
+        for index in best([worth[slot] for slot in own], each, margins):
+            lifted[own[index]] += lift
+    return lifted
+
+
 # -- one head ------------------------------------------------------------------------------------------------------------
 
 
@@ -198,7 +215,16 @@ def probabilities(query: torch.Tensor, tokens: list[dict], scale: float, softcap
 
 
 class PlainHead:
-    """One KV head of one row: the tokens it holds, in order, and the queries that were not folded into scores yet."""
+    """One KV head of one row: the tokens it holds, in order, and the queries that were not folded into scores yet.
+
+    A head whose middle is not full has unused slots behind it: they count where slots are counted, and hold nothing.
+
+    Attributes:
+        width: slots of the middle after a compaction; unused: how many of them hold nothing.
+        filled: tokens before those.
+    """
+
+    query_slots_kept = 0
 
     def __init__(self, config: ADMSConfig):
         self.config = config
@@ -207,25 +233,45 @@ class PlainHead:
         self.earlier: list[torch.Tensor] = []
         self.folded = 0
         self.seen = 0
+        self.width = config.compressed_budget
+        self.unused = self.filled = 0
         self.limit: int | None = None
         self.scale, self.softcap = 1.0, None
         self.compactions = 0
         self.margins: list[float] = []
 
     @property
+    def length(self) -> int:
+        """Slots in use."""
+        return len(self.tokens) + self.unused
+
+    def slot(self, index: int) -> int:
+        """The slot of the token of that number."""
+        return index if index < self.filled else index + self.unused
+
+    @property
+    def middle_slots(self) -> int:
+        """Slots between sinks and recent window."""
+        return self.length - self.config.dynamic_start_size - self.config.recent_size
+
+    @property
     def compactable(self) -> bool:
         """Whether there is more between sinks and recent window than the budget."""
-        config = self.config
-        return len(self.tokens) - config.dynamic_start_size - config.recent_size > config.compressed_budget
+        return self.middle_slots > (self.width if self.compactions else self.config.middle_allocation)
 
-    def make_room(self, new: int) -> None:
-        """Compact where `new` more tokens would not fit."""
-        if len(self.tokens) + new > self.config.expected_max_tokens and self.compactable:
-            self.fold_waiting(len(self.tokens))
-            self.compact()
+    @property
+    def capacity(self) -> int:
+        """Slots that may be in use between two passes."""
+        config = self.config
+        if not self.compactions:
+            return config.expected_max_tokens
+        return config.dynamic_start_size + self.width + config.recent_size + config.compression_interval
+
+    def is_due(self, new: int) -> bool:
+        """Whether `new` more tokens would not fit."""
+        return self.length + new > self.capacity and self.compactable
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, positions: list[int]) -> None:
-        self.make_room(len(keys))
         for key, value, pos in zip(keys.double(), values.double(), positions, strict=True):
             self.seen += 1
             fresh = {"beta": 0.0, "score": 0.0, "mass": 0.0, "square": 0.0, "count": 1, "tier": "recent"}
@@ -240,26 +286,40 @@ class PlainHead:
             outputs.append(torch.stack([probabilities(q, seen, self.scale, self.softcap) @ values for q in groups]))
         return outputs
 
-    def observe(self, queries: list[torch.Tensor]) -> None:
-        """After attention: the queries are stored or folded, and what was too long is compacted."""
-        scored = self.config.compressed_budget > 0
-        if len(self.tokens) > self.config.expected_max_tokens:
+    def observe(self, queries: list[torch.Tensor]) -> bool:
+        """After attention: the queries are stored or folded. Returns whether the pass was too long: it is to be reduced."""
+        scored = self.config.middle_allocation > 0
+        if self.length > self.capacity:
             if scored:
                 self.fold_long_pass(queries)
-            self.compact()
-        elif scored:
+            return True
+        if scored:
             self.store(queries)
+        return False
+
+    @property
+    def query_slots(self) -> int:
+        """Queries there is room for."""
+        return self.config.compression_interval + self.query_slots_kept
 
     def store(self, queries: list[torch.Tensor]) -> None:
-        new, slots = len(queries), self.config.compression_interval
+        new, slots = len(queries), self.query_slots
         if len(self.queries) + new > slots:
             self.fold_waiting(len(self.tokens) - new)
-            self.set_aside()
             if new >= slots:
+                self.set_aside()
                 self.fold(queries, len(self.tokens), new)
                 self.queries, self.folded = queries[new - slots :], slots
                 return
+            self.keep(slots - max(new, self.config.compression_interval))
         self.queries = self.queries + queries
+
+    def keep(self, number: int) -> None:
+        """Of the stored queries only the newest `number` count from now on."""
+        if number == 0:
+            return self.set_aside()
+        gone = max(0, len(self.queries) - number)
+        self.queries, self.folded, self.earlier = self.queries[gone:], max(0, self.folded - gone), []
 
     def set_aside(self) -> None:
         """The queries count no more; until as many new ones have come they are still among the newest."""
@@ -278,7 +338,7 @@ class PlainHead:
 
     def fold_long_pass(self, queries: list[torch.Tensor]) -> None:
         """Blocks of `attention_window` queries counted from the newest; of those before the last block every fourth."""
-        new, slots = len(queries), self.config.compression_interval
+        new, slots = len(queries), self.query_slots
         before = len(self.tokens) - new
         self.fold_waiting(before)
         self.set_aside()
@@ -313,20 +373,26 @@ class PlainHead:
             token["square"] = (1 - share) * token["square"] + share * s
             token["score"] = max(self.config.score_decay ** (count / 64) * token["score"], math.sqrt(token["square"]))
 
-    def compact(self) -> None:
-        """Sinks and recent window stay; the middle is reduced to the budget."""
-        config = self.config
+    def compact(self, width: int | None = None) -> None:
+        """Sinks and recent window stay; the middle is reduced to the budget, in `width` slots where they are others now."""
         assert self.compactable
         self.forget()
+        self.reduce(self.width if width is None else width)
+        self.keep(self.query_slots_kept)
+
+    def reduce(self, width: int) -> None:
+        config = self.config
         first, last = config.dynamic_start_size, len(self.tokens) - config.recent_size
         sinks, middle, recent = self.tokens[:first], self.tokens[first:last], self.tokens[last:]
-        kept = self.compressed(middle) if config.compressed_budget else []
+        # Where the widest head may keep more than there is, as many unused slots come to it as make one too many.
+        size = self.middle_slots if self.middle_slots > width else width + 1
+        kept = self.compressed(middle, width, size) if width else []
         for token in sinks:
             token["tier"] = "sink"
         for token in recent:
             token["tier"] = "recent"
         self.tokens = sinks + kept + recent
-        self.set_aside()
+        self.width, self.unused, self.filled = width, width - len(kept), first + len(kept)
         self.compactions += 1
 
     def forget(self) -> None:
@@ -334,7 +400,7 @@ class PlainHead:
         config = self.config
         if not self.compactions or self.limit is None or self.seen <= self.limit:
             return
-        since = len(self.tokens) - config.dynamic_start_size - config.compressed_budget - config.recent_size
+        since = self.length - config.dynamic_start_size - self.width - config.recent_size
         left = config.mass_decay ** (since / 64)
         for token in self.tokens:
             if token["beta"] > CHANGED:
@@ -353,44 +419,80 @@ class PlainHead:
                     draws[slot] += weight / (own[-1][-1] if sums is None else sums[age][number])
         return draws, own
 
-    def compressed(self, middle: list[dict]) -> list[dict]:
-        config, budget = self.config, self.config.compressed_budget
-        worth = importance(middle, config)
-        exact = max(config.min_importance_tokens, round(config.importance_ratio * budget))
-        if len(middle) < config.min_middle_size_for_compress or exact > budget:
-            exact = budget
-        pinned = best(worth, exact, self.margins)
-        others = [slot for slot in range(len(middle)) if slot not in pinned]
-        keep = set(pinned)
-        if exact < budget:
-            weights = [0.0 if slot in pinned else worth[slot] for slot in range(len(middle))]
-            levers = leverage([token["key"] for token in middle], weights, config, self.margins)
-            chosen = best([levers[slot] for slot in others], budget - exact, self.margins)
-            keep |= {others[index] for index in chosen}
-        masses = [token["mass"] for token in middle]
-        accepts = accepting(masses, keep, pinned, config.protect_exact, self.margins)
-        queries = [query.tolist() for groups in self.queries[-config.recent_size :] for query in groups]
-        values = [token["value"].tolist() for token in middle]
-        merged = merge(
-            [token["key"].tolist() for token in middle],
+    def compressed(self, middle: list[dict], width: int, size: int) -> list[dict]:
+        """What the middle, of `size` slots, becomes: at most `width` tokens in order."""
+        kept, _ = self.low_rank(middle, width, None, width, size)
+        return kept
+
+    def pins(self, pool: list[dict], width: int, budget: int | None, least: int, size: int) -> set[int]:
+        """Which of the candidates come out with their own key; arguments as for `low_rank`."""
+        config = self.config
+        exact = max(config.min_importance_tokens, round(config.importance_ratio * width))
+        if size < config.min_middle_size_for_compress or exact > width:
+            exact = width
+        wanted = exact
+        if budget is not None:
+            wanted = max(round(budget * (exact / width)), min(config.min_importance_tokens, least))
+        worth = importance(pool, config)
+        return best(covering(pool, worth, exact, config, self.margins), wanted, self.margins)
+
+    def low_rank(
+        self, pool: list[dict], width: int, budget: int | None, least: int, size: int
+    ) -> tuple[list[dict], list[dict]]:
+        """Pins and the tokens of highest leverage, the rest merged into them.
+
+        Args:
+            pool: the candidates.
+            width: slots there are for what is kept.
+            budget: tokens that may be, None for all of them; least: the fewest any head may keep.
+            size: slots of the candidates.
+
+        Returns:
+            `(kept, assigned)`: the tokens kept in order, and for each candidate the one that has its mass now.
+        """
+        worth = importance(pool, self.config)
+        pinned = self.pins(pool, width, budget, least, size)
+        weights = [0.0 if slot in pinned else worth[slot] for slot in range(len(pool))]
+        # Where none is left to choose there is no subspace either.
+        number = width if budget is None else budget
+        levers = [0.0] * len(pool)
+        if len(pinned) < min(number, len(pool)):
+            levers = leverage([token["key"] for token in pool], weights, self.config, self.margins)
+        return self.merged(pool, pinned, levers, number)
+
+    def merged(
+        self, pool: list[dict], pinned: set[int], priority: list[float], number: int
+    ) -> tuple[list[dict], list[dict]]:
+        """The pins and those of highest priority, `number` in all, with what joins them; returns as `low_rank` does."""
+        others = [slot for slot in range(len(pool)) if slot not in pinned]
+        chosen = best([priority[slot] for slot in others], number - len(pinned), self.margins)
+        keep = pinned | {others[index] for index in chosen}
+        masses = [token["mass"] for token in pool]
+        accepts = accepting(masses, keep, pinned, self.config.protect_exact, self.margins)
+        queries = [query.tolist() for groups in self.queries[-self.config.recent_size :] for query in groups]
+        values = [token["value"].tolist() for token in pool]
+        result: list[dict] = []
+        assigned: list[dict] = [{}] * len(pool)
+        for made in merge(
+            [token["key"].tolist() for token in pool],
             values,
-            [token["beta"] for token in middle],
+            [token["beta"] for token in pool],
             masses,
-            [token["count"] for token in middle],
+            [token["count"] for token in pool],
             keep,
             value_weight(queries, values, self.scale),
             accepts,
             self.margins,
-        )
-        result = []
-        for made in merged:
-            token = dict(middle[made["slot"]])
+        ):
+            token = dict(pool[made["slot"]])
             if made["count"] != token["count"]:
                 token["value"] = torch.tensor(made["value"], dtype=torch.float64)
                 token["beta"], token["count"], token["mass"] = made["beta"], made["count"], made["mass"]
             token["tier"] = "exact" if made["slot"] in pinned and token["count"] == 1 else "precision"
             result.append(token)
-        return result
+            for member in made["members"]:
+                assigned[member] = token
+        return result, assigned
 
     def rebase(self, d: int, inv_freq: torch.Tensor) -> None:
         """Every token moves `d` positions back, but not before its slot; the stored queries move with the newest.
@@ -398,8 +500,8 @@ class PlainHead:
         What weighs more than itself then draws no more than before.
         """
         before, sums = self.drawn(self.newest()) if self.compactions else ([], [])
-        for slot, token in enumerate(self.tokens):
-            new = max(token["pos"] - d, slot)
+        for index, token in enumerate(self.tokens):
+            new = max(token["pos"] - d, self.slot(index))
             token["key"] = turned(token["key"], new - token["pos"], inv_freq)
             token["pos"] = new
         self.queries, self.earlier = (
@@ -439,6 +541,7 @@ class PlainLayer(CacheLayerMixin):
     """The heads of one layer of full attention, and what transformers asks of them."""
 
     is_sliding = False
+    head_class = PlainHead
 
     def __init__(self, config: ADMSConfig):
         super().__init__()
@@ -448,26 +551,40 @@ class PlainLayer(CacheLayerMixin):
         self.positions: list[int] = []
 
     def lazy_initialization(self, key_states, value_states) -> None:
-        self.heads = [PlainHead(self.config) for _ in range(key_states.shape[1])]
+        self.heads = [self.head_class(self.config) for _ in range(key_states.shape[1])]
         self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self.make_room(key_states.shape[2])
         for head, keys, values in zip(self.heads, key_states[0], value_states[0], strict=True):
             head.append(keys, values, self.positions)
         self.seen += key_states.shape[2]
         return key_states, value_states
 
+    def make_room(self, new: int) -> None:
+        """Compact where `new` more tokens would not fit."""
+        if self.heads and self.heads[0].is_due(new):
+            for head in self.heads:
+                head.fold_waiting(len(head.tokens))
+            self.compact()
+
+    def compact(self) -> None:
+        for head in self.heads:
+            head.compact()
+
     def attend(self, query: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
         """`[heads, tokens, head_dim]` in, `[heads, tokens, value_dim]` out; then the heads take note of the queries."""
         groups = query.shape[0] // len(self.heads)
-        outputs = []
+        outputs, too_long = [], []
         for number, head in enumerate(self.heads):
             head.scale, head.softcap = scale, softcap
             queries = list(query[number * groups : (number + 1) * groups].double().transpose(0, 1))
             outputs.append(torch.stack(head.attend(queries), dim=1))
-            head.observe(queries)
+            too_long.append(head.observe(queries))
+        if too_long[0]:
+            self.compact()
         return torch.cat(outputs)
 
     def get_mask_sizes(self, query_length) -> tuple[int, int]:
@@ -501,6 +618,8 @@ class PlainCache(Cache):
         steady: tokens up to which no choice was closer than `TIE`.
     """
 
+    layer_class = PlainLayer
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -511,12 +630,11 @@ class PlainCache(Cache):
         limit: int | None = None,
     ):
         modules = ("sketch_budget", "replay_budget", "enable_position_calibration", "enable_adaptive_controller")
-        others = ("use_adaptive_budget", "coverage_priority")
-        beyond = [name for name in (*modules, *others) if getattr(config, name)]
-        if beyond or config.compressor_type != "low_rank":
-            raise ValueError(f"the plain reference is base ADMS with low_rank only, not {beyond or config.compressor_type}")
+        beyond = [name for name in (*modules, "use_adaptive_budget") if getattr(config, name)]
+        if self.layer_class is PlainLayer and (beyond or config.compressor_type != "low_rank"):
+            raise ValueError(f"plain.py is base ADMS with low_rank only, not {beyond or config.compressor_type}")
         own = DynamicCache(config=model.config).layers
-        super().__init__(layers=[layer if layer.is_sliding else PlainLayer(config) for layer in own])
+        super().__init__(layers=[layer if layer.is_sliding else self.layer_class(config) for layer in own])
         self.window, self.target, self.at_compaction = window, target or 0, at_compaction
         self.limit = window if limit is None else limit
         tables = [module.inv_freq for module in model.modules() if hasattr(module, "inv_freq")]
@@ -547,7 +665,9 @@ class PlainCache(Cache):
         """The positions the model is given for new tokens at `positions`, after a move where one is due."""
         for head in self.heads:
             head.limit = self.limit
-            head.make_room(len(positions))
+        for layer in self.layers:
+            if isinstance(layer, PlainLayer):
+                layer.make_room(len(positions))
         if self.at_compaction:
             due = self.compactions > self._compactions
             self._compactions = self.compactions
@@ -562,7 +682,7 @@ class PlainCache(Cache):
         return inside
 
     def rebase(self, span: int) -> None:
-        goal = max(len(self.heads[0].tokens), self.target)
+        goal = max(max(head.length for head in self.heads), self.target)
         d = self.given - self.moved - (goal if self.window is None else min(goal, self.window - span))
         if d <= 0:
             return
