@@ -159,14 +159,14 @@ def test_an_answer_left_at_a_piece_stays_as_far_as_it_was_shown(talk):
 
 
 # As many passes as there are between two compactions: one of them compacts before it is struck.
-@pytest.mark.parametrize("at", range(3, 19))
+@pytest.mark.parametrize("at", range(3, 11))
 def test_an_interrupt_in_the_middle_of_a_forward_pass_leaves_what_stopping_there_would(talk, at):
-    struck, stopped = talk(max_new_tokens=40), talk(max_new_tokens=40)
+    struck, stopped = (talk(max_new_tokens=16, cache={"compression_interval": 8}) for _ in range(2))
     for here in (struck, stopped):
         here.say("A first turn that is long enough to fill the cache.")
         turn = here.ids(here.chat._turn("Go on"))
-        here.dictate("abcdefghij" * 4, chunks=-(-len(turn) // 16))
-    strike_at(struck, -(-len(turn) // 16) + at, layer=at % 2)
+        here.dictate("abcdefghij" * 4, chunks=-(-len(turn) // 8))
+    strike_at(struck, -(-len(turn) // 8) + at, layer=at % 2)
     shown = []
     with pytest.raises(KeyboardInterrupt):
         for piece in struck.chat.say("Go on"):
@@ -287,7 +287,7 @@ def test_a_reset_begins_a_new_conversation(talk):
 
 
 def test_nothing_grows_with_the_conversation(talk):
-    here = talk(max_new_tokens=20)
+    here = talk(max_new_tokens=4)
     most = here.chat.cache.config.expected_max_tokens
     held, sizes = [], []
     here.model.register_forward_hook(lambda *_: held.append(here.chat.cache.held_tokens))

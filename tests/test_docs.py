@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import functools
 import importlib.util
+import io
 import re
 import shlex
 from pathlib import Path
@@ -209,9 +212,12 @@ def test_constants_in_the_documents_have_the_value_they_have_in_the_code():
     assert f"a key, a value and {ORIGINAL_BYTES} bytes" in " ".join(read("QUICKSTART.md").split())
 
 
-@pytest.fixture
-def run_snippets(tiny_model_folder, monkeypatch, tmp_path):
-    """Run a document's Python blocks in order, on a tiny model; gives the names they leave."""
+@pytest.fixture(scope="module")
+def run_snippets(tiny_model_folder, tmp_path_factory):
+    """Run a document's Python blocks in order, on a tiny model; gives the names they leave and what they print.
+
+    Each document runs once for all tests.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # Long enough for what 64 MiB of so small a model are.
@@ -220,14 +226,16 @@ def run_snippets(tiny_model_folder, monkeypatch, tmp_path):
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     tokenizer.chat_template += "{% if add_generation_prompt %}assistant: {% endif %}"
-    monkeypatch.setattr("streaming_llm.evaluation.load_model", lambda: (model, tokenizer))
-    monkeypatch.chdir(tmp_path)
 
+    @functools.cache
     def run(document):
         names: dict = {}
-        for number, block in enumerate(code_blocks(document, "python"), start=1):
-            exec(compile(block, f"{document}, Python block {number}", "exec"), names)
-        return names
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+            patch.setattr("streaming_llm.evaluation.load_model", lambda: (model, tokenizer))
+            patch.chdir(tmp_path_factory.mktemp("snippets"))
+            for number, block in enumerate(code_blocks(document, "python"), start=1):
+                exec(compile(block, f"{document}, Python block {number}", "exec"), names)
+        return names, printed.getvalue()
 
     yield run
     for name in compressors.available_compressors():
@@ -235,16 +243,16 @@ def run_snippets(tiny_model_folder, monkeypatch, tmp_path):
             del compressors._REGISTRY[name]
 
 
-def test_the_readme_runs(run_snippets, capsys):
-    names = run_snippets("README.md")
+def test_the_readme_runs(run_snippets):
+    names, output = run_snippets("README.md")
     assert names["output"].shape[1] > names["inputs"]["input_ids"].shape[1]
-    assert "580\n" in capsys.readouterr().out
+    assert "580\n" in output
     config = names["config"]
     assert 63 * 2**20 < config.memory_bytes(names["model"].config) <= 64 * 2**20
 
 
 def test_the_compressor_of_the_readme_compresses(run_snippets, monkeypatch):
-    names = run_snippets("README.md")
+    names, _ = run_snippets("README.md")
     compressor, cache = names["LoudestValues"], names["cache"]
     calls = []
     compress = compressor.compress
@@ -256,9 +264,8 @@ def test_the_compressor_of_the_readme_compresses(run_snippets, monkeypatch):
     assert cache.layers[0].held.beta.amax() > 0
 
 
-def test_the_quickstart_runs(run_snippets, capsys):
-    names = run_snippets("QUICKSTART.md")
-    output = capsys.readouterr().out
+def test_the_quickstart_runs(run_snippets):
+    names, output = run_snippets("QUICKSTART.md")
     assert set(names["results"]) == {"full", "streaming", "snapkv", "adms"}
     assert "4000 tokens seen" in output
     assert len(names["messages"]) == 4
@@ -268,9 +275,8 @@ def test_the_quickstart_runs(run_snippets, capsys):
     assert names["cache"].layers[0].compressions > 0
 
 
-def test_the_parts_called_by_hand_in_the_quickstart_do_what_it_says(run_snippets, capsys):
-    names = run_snippets("QUICKSTART.md")
-    output = capsys.readouterr().out
+def test_the_parts_called_by_hand_in_the_quickstart_do_what_it_says(run_snippets):
+    names, output = run_snippets("QUICKSTART.md")
     for name in ("Dual-Fidelity", "Replay", "Calibration", "Controller"):
         assert f"[ADMS {name} @ 4000]" in output
     parts, where = names["parts"], names["where"]

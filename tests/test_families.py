@@ -103,7 +103,7 @@ def test_every_family_of_the_list_is_tested_here():
 
 @pytest.mark.parametrize("name,implementation", EVERYTHING)
 def test_an_unfilled_cache_gives_logits_equal_to_the_bit(name, implementation):
-    model, ids = make(name, implementation), token_ids(60, 2)
+    model, ids = make(name, implementation), token_ids(46, 2)
 
     def run(cache):
         first = stream(model, ids[:, :40], cache, 20)
@@ -111,9 +111,9 @@ def test_an_unfilled_cache_gives_logits_equal_to_the_bit(name, implementation):
 
     expected = run(DynamicCache(config=model.config))
     assert torch.equal(run(enable_adms_llm(model, rank=8)), expected)
-    said = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8)
+    said = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4)
     again = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, past_key_values=enable_adms_llm(model, rank=8)
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, past_key_values=enable_adms_llm(model, rank=8)
     )
     assert torch.equal(again, said)
     disable_adms_llm(model)
@@ -122,12 +122,16 @@ def test_an_unfilled_cache_gives_logits_equal_to_the_bit(name, implementation):
 
 @pytest.mark.parametrize(
     "name,implementation,compressor",
-    [*((*one, "low_rank") for one in EVERYTHING), *((*one, "attention_matching") for one in BOTH)],
+    # What a compressor does with keys, values and queries does not depend on where they come from.
+    [
+        *((*one, "low_rank") for one in EVERYTHING),
+        *((*one, "attention_matching") for one in BOTH if one[0] in ("falcon", "gemma2", "gpt2", "llama")),
+    ],
 )
 def test_past_the_bound_logits_are_finite_and_the_cache_bounded(name, implementation, compressor):
     model = make(name, implementation)
-    cache, ids = enable_adms_llm(model, **SMALL, compressor_type=compressor), token_ids(150, 2)
-    for start, stop, chunk in ((0, 50, 50), (50, 120, 7), (120, 150, 1)):
+    cache, ids = enable_adms_llm(model, **SMALL, compressor_type=compressor), token_ids(95, 2)
+    for start, stop, chunk in ((0, 50, 50), (50, 85, 7), (85, 95, 1)):
         logits = stream(model, ids[:, start:stop], cache, chunk)
         assert logits.isfinite().all()
         assert cache.held_tokens <= cache.config.expected_max_tokens
@@ -140,11 +144,11 @@ def test_past_the_bound_logits_are_finite_and_the_cache_bounded(name, implementa
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_is_kept_is_near_enough_for_the_model_to_say_nearly_the_same(name):
     model, ids = make(name), token_ids(90)
-    full = stream(model, ids, DynamicCache(config=model.config), 3).log_softmax(-1)
+    full = stream(model, ids, DynamicCache(config=model.config), 6).log_softmax(-1)
     roomy = {**SMALL, "recent_size": 30, "compressed_budget": 45}
 
     def divergence(**settings) -> float:
-        logits = stream(model, ids, enable_adms_llm(model, **settings), 3).log_softmax(-1)
+        logits = stream(model, ids, enable_adms_llm(model, **settings), 6).log_softmax(-1)
         return torch.nn.functional.kl_div(logits, full, log_target=True, reduction="none").sum(-1)[:, 85:].mean().item()
 
     assert divergence(**roomy) < divergence(**{**SMALL, "recent_size": 8, "compressed_budget": 0,
@@ -186,7 +190,7 @@ def test_unwired_caches_work_on_every_family():
         model = make(name)
         cache = ADMSKVCache(enable_adms_llm(model, **SMALL).config, model_config=model.config)
         disable_adms_llm(model)
-        assert stream(model, ids, cache, 7).isfinite().all(), name
+        assert stream(model, ids, cache, 10).isfinite().all(), name
         assert cache.held_tokens <= cache.config.expected_max_tokens
 
 
@@ -195,8 +199,8 @@ def test_every_family_streams_with_all_four_modules(name):
     model = make(name)
     config = ADMSConfig.adm_plus_plus(**SMALL, sketch_budget=4, replay_budget=2, energy_replay_threshold=1.0)
     cache = enable_adms_llm(model, config)
-    ids = token_ids(100, 2)
-    for start in range(0, 100, 5):
+    ids = token_ids(60, 2)
+    for start in range(0, 60, 5):
         assert stream(model, ids[:, start : start + 5], cache, 5).isfinite().all()
         assert cache.held_tokens <= cache.config.expected_max_tokens
     stats = cache.stats

@@ -105,6 +105,19 @@ def padded(tokens: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
+# Quick tests try each mode on four families that differ in kind, and in turn on one of the others; `-m slow` on all.
+UNLIKE = ("falcon", "gemma2", "gpt2", "llama")
+
+
+def cells(modes):
+    """`(mode, family)` of the whole table, those that are not quick marked as slow."""
+    others = [name for name in FAMILIES if name not in UNLIKE]
+    for number, mode in enumerate(modes):
+        for name in FAMILIES:
+            quick = name in (*UNLIKE, others[number % len(others)])
+            yield pytest.param(mode, name, marks=() if quick else pytest.mark.slow)
+
+
 # -- below the bound ---------------------------------------------------------------------------------------------------
 # Each mode: (model, family, function that makes a cache) -> the tensors that must be equal.
 
@@ -309,8 +322,7 @@ def cell(mode: str, name: str):
         GENERATE_TABLE[mode, name] = "pass"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("mode", BELOW)
+@pytest.mark.parametrize("mode,name", cells(BELOW))
 def test_below_the_bound_generate_gives_what_it_gives_with_dynamic_cache(mode, name):
     plain, enabled = models(name)
 
@@ -569,8 +581,7 @@ if OLDEST:
     REFUSED["assisted, past"] = REFUSED["prompt lookup, past"] = REFUSED["assisted"]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("mode", PAST)
+@pytest.mark.parametrize("mode,name", cells(PAST))
 def test_past_the_bound_generate_does_what_a_loop_by_hand_does(mode, name):
     model = models(name)[1]
     with cell(mode, name):

@@ -11,7 +11,7 @@ from test_plain import SMALL, assert_same_state, distinct
 from streaming_llm import enable_adms_llm, positions
 
 MODEL = make_tiny_llama()
-NEW = 90
+NEW = 60
 WINDOWS = {
     "absolute": {},
     "auto": {"window": 80, "target": int(80 * positions.TARGET)},
@@ -75,17 +75,17 @@ def test_a_row_of_a_left_padded_batch_is_the_row_alone(lengths):
 
 def test_a_padded_second_turn_leaves_each_row_what_it_is_alone():
     ones = [[1] * 4]
-    rows_are_alone([3, 20, 75, 90], [[3, 20, 75, 90], *ones * 12, [25, 2, 40, 9], *ones * 40])
+    rows_are_alone([3, 20, 75, 90], [[3, 20, 75, 90], *ones * 12, [25, 2, 40, 9], *ones * 24])
 
 
 def test_a_row_that_has_nothing_new_in_a_pass_is_not_touched():
-    rows_are_alone([8, 30], [[8, 30], *[[1, 1]] * 9, [0, 20], *[[1, 1]] * 40])
+    rows_are_alone([8, 30], [[8, 30], *[[1, 1]] * 9, [0, 20], *[[1, 1]] * 25])
 
 
 @pytest.mark.parametrize("chosen", [{"compressed_budget": 0, "min_importance_tokens": 0}, {"protect_exact": True},
                                     {"importance_ratio": 1.0}, {"compression_interval": 1}])  # fmt: skip
 def test_rows_are_alone_with_other_settings_too(chosen):
-    rows_are_alone([3, 20, 75], [[3, 20, 75]] + [[1] * 3] * 60, **chosen)
+    rows_are_alone([3, 20, 75], [[3, 20, 75]] + [[1] * 3] * 30, **chosen)
 
 
 @pytest.mark.parametrize("policy", ["absolute", "auto", "cache"])

@@ -46,13 +46,16 @@ def given_positions():
     handle.remove()
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("chunk", [1, 5, 40])
-def test_positions_never_leave_the_window_and_keep_their_order(config, chunk, given_positions):
-    cache, ids = enable_adms_llm(MODEL, config), token_ids(320, 2)
-    for start in range(0, 320, chunk):
+@pytest.mark.parametrize(
+    "name,chunk", [*((name, chunk) for name in CONFIGS for chunk in (5, 40)), ("base", 1), ("modules", 1)]
+)
+def test_positions_never_leave_the_window_and_keep_their_order(name, chunk, given_positions):
+    # More than twice the window.
+    config, tokens = CONFIGS[name], 200
+    cache, ids = enable_adms_llm(MODEL, config), token_ids(tokens, 2)
+    for start in range(0, tokens, chunk):
         assert stream(MODEL, ids[:, start : start + chunk], cache, chunk).isfinite().all()
-        assert cache.held_tokens <= config.expected_max_tokens and cache.get_seq_length() == min(320, start + chunk)
+        assert cache.held_tokens <= config.expected_max_tokens and cache.get_seq_length() == min(tokens, start + chunk)
         for layer in cache.layers:
             held = layer.held
             assert (held.pos[held.valid] >= 0).all() and (held.pos[held.valid] < WINDOW).all()
@@ -65,11 +68,11 @@ def test_positions_never_leave_the_window_and_keep_their_order(config, chunk, gi
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_a_stream_at_token_5_000_000_gives_the_logits_of_one_near_0(config):
-    ids, start = token_ids(300), 5_000_000
+    ids, start = token_ids(200), 5_000_000
     expected = stream(MODEL, ids, enable_adms_llm(MODEL, config), 5)
     cache, parts = enable_adms_llm(MODEL, config), []
     with torch.no_grad():
-        for at in range(0, 300, 5):
+        for at in range(0, 200, 5):
             positions = torch.arange(start + at, start + at + 5)[None]
             parts.append(MODEL(ids[:, at : at + 5], position_ids=positions, past_key_values=cache).logits)
     assert torch.equal(torch.cat(parts, 1), expected)
@@ -81,10 +84,10 @@ def test_every_held_key_is_the_models_own_at_its_position(policy):
     model = small_window(num_hidden_layers=1)
     cache = enable_adms_llm(model, **SMALL, position_policy=policy)
     ids = token_ids(400)
-    stream(model, ids, cache, 1)
+    stream(model, ids, cache, 4)
     layer = cache.layers[0]
     every = DynamicCache(config=model.config)
-    stream(model, torch.arange(128)[None], every, 1)
+    stream(model, torch.arange(128)[None], every, 128)
     own = layer.rope.unrotate(every.layers[0].keys, torch.arange(128.0))
     held = layer.held
     bare = layer.rope.unrotate(held.keys, held.pos)
@@ -134,7 +137,8 @@ def test_the_index_in_the_cache_is_what_streaming_llm_counts(given_positions):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_ten_thousand_shifts_of_a_half_precision_key_are_one_rounding(dtype):
+@pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_thousands_of_shifts_of_a_half_precision_key_are_one_rounding(dtype, count):
     config = ADMSConfig(**{**SMALL, "start_size": 0})
     model = small_window().to(dtype)
     rope = enable_adms_llm(model, config).layers[0].rope
@@ -143,7 +147,7 @@ def test_ten_thousand_shifts_of_a_half_precision_key_are_one_rounding(dtype):
     generator = torch.Generator().manual_seed(0)
     keys, values = torch.randn(2, 1, 2, 10, 8, generator=generator).to(dtype)
     layer.update(keys, values)
-    steps = torch.randint(-40, 41, (10_000,), generator=generator)
+    steps = torch.randint(-40, 41, (count,), generator=generator)
     at = 1000
     layer.buffer.pos[:, :, :10] += at
     first = layer.buffer.pos[:, :, :10].clone()
@@ -167,11 +171,12 @@ def test_ten_thousand_shifts_of_a_half_precision_key_are_one_rounding(dtype):
         assert (drifted.double() - once).abs().max() > 20 * (held.keys.double() - once).abs().max()
 
 
-def test_float32_keys_drift_by_far_less_than_a_rounding_of_half_precision():
+@pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_float32_keys_drift_by_far_less_than_a_rounding_of_half_precision(count):
     rope = enable_adms_llm(MODEL, **SMALL).layers[0].rope
     keys = torch.randn(1, 2, 10, 8, generator=torch.Generator().manual_seed(0))
     moved, at = keys.clone(), torch.full((1, 2, 10), 1000.0)
-    steps = torch.randint(-40, 41, (10_000,), generator=torch.Generator().manual_seed(1)).tolist()
+    steps = torch.randint(-40, 41, (count,), generator=torch.Generator().manual_seed(1)).tolist()
     for step in steps:
         moved, at = rope.move(moved, at, at - step), at - step
     once = rope.move(keys.double(), torch.full((1, 2, 10), 1000.0), at)
@@ -184,7 +189,7 @@ def test_half_precision_streams_hold_exact_keys_once_they_moved(name, config):
     cache = enable_adms_llm(model, config)
     stream(model, token_ids(80, 2), cache, 8)
     assert not cache.layers[0].held.exact
-    stream(model, token_ids(700, 2), cache, 8)
+    stream(model, token_ids(300, 2), cache, 8)
     for layer in cache.layers:
         held = layer.held
         assert held.exact
@@ -242,11 +247,11 @@ def test_the_newest_queries_are_those_of_the_newest_tokens(chunk, tokens, most):
 
 
 def stretch(tokens, mass_decay, limit=WINDOW):
-    """Log-masses of the first layer after so many tokens, one by one, at the given decay."""
+    """Log-masses of the first layer after so many tokens at the given decay."""
     cache = enable_adms_llm(MODEL, **SMALL, mass_decay=mass_decay)
     for layer in cache.layers:
         layer.limit = limit
-    stream(MODEL, token_ids(tokens, 2), cache, 1)
+    stream(MODEL, token_ids(tokens, 2), cache, 4)
     return cache.layers[0].held.beta.clone()
 
 
@@ -285,18 +290,17 @@ def test_rows_move_each_by_its_own_count():
 @pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "smollm3", "gpt_neox", "qwen3"])
 def test_families_stream_past_their_trained_length(name):
     model = small_window(name)
-    cache, ids = enable_adms_llm(model, **SMALL), token_ids(300, 2)
-    for start in range(0, 300, 5):
-        assert stream(model, ids[:, start : start + 5], cache, 5).isfinite().all()
+    cache, ids = enable_adms_llm(model, **SMALL), token_ids(200, 2)
+    logits = stream(model, ids, cache, 8)
+    assert logits.isfinite().all()
     assert cache.window.offsets[0] > 0
     far = enable_adms_llm(model, **SMALL)
     parts = []
     with torch.no_grad():
-        for at in range(0, 300, 5):
-            place = torch.arange(9_000 + at, 9_005 + at)[None]
-            parts.append(model(ids[:, at : at + 5], position_ids=place, past_key_values=far).logits)
-    again = stream(model, ids, enable_adms_llm(model, **SMALL), 5)
-    assert torch.equal(torch.cat(parts, 1), again)
+        for at in range(0, 200, 8):
+            place = torch.arange(9_000 + at, 9_008 + at)[None]
+            parts.append(model(ids[:, at : at + 8], position_ids=place, past_key_values=far).logits)
+    assert torch.equal(torch.cat(parts, 1), logits)
 
 
 ROPES = {
@@ -312,7 +316,7 @@ def test_frequencies_that_change_with_length_are_kept_from_changing(kind):
     cache = enable_adms_llm(model, **SMALL)
     assert cache.window.limit == (64 if kind == "longrope" else WINDOW - 1)
     before = model.model.rotary_emb.inv_freq.clone()
-    ids = token_ids(300)
+    ids = token_ids(200)
     logits = stream(model, ids, cache, 5)
     assert logits.isfinite().all() and torch.equal(model.model.rotary_emb.inv_freq, before)
     # Another cache that went far stretches them; ours puts them back.
@@ -349,8 +353,8 @@ def test_what_can_not_fit_into_the_window_is_refused_and_nothing_changed(policy)
 
 def test_a_failed_pass_leaves_positions_as_they_were():
     caches = [enable_adms_llm(MODEL, **SMALL) for _ in range(2)]
-    ids = token_ids(300)
-    for start in range(0, 300, 4):
+    ids = token_ids(200)
+    for start in range(0, 200, 4):
 
         def fail(module, args, kwargs):
             raise RuntimeError("on purpose")
@@ -367,12 +371,12 @@ def test_a_failed_pass_leaves_positions_as_they_were():
 def test_generate_goes_on_past_the_trained_length(given_positions):
     cache, ids = enable_adms_llm(MODEL, **SMALL), token_ids(20, 2)
     said = MODEL.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=200, min_new_tokens=200, past_key_values=cache
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=100, min_new_tokens=100, past_key_values=cache
     )
-    assert said.shape[1] == 220 and max(int(p.max()) for p in given_positions) < WINDOW
+    assert said.shape[1] == 120 and max(int(p.max()) for p in given_positions) < WINDOW
     cache.reset()
     again = MODEL.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=200, min_new_tokens=200, past_key_values=cache
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=100, min_new_tokens=100, past_key_values=cache
     )
     assert torch.equal(again, said)
 

@@ -281,13 +281,15 @@ def middle_of(layer: ADMSLayer) -> WeightedTokens:
     return layer.held.slice(first, first + layer.width)
 
 
-@pytest.mark.parametrize("compressor", ["low_rank", "vq", "attention_matching"])
-@pytest.mark.parametrize("threshold", [1.0, 0.9, 0.5])
+@pytest.mark.parametrize(
+    "threshold,compressor",
+    [(1.0, "low_rank"), (0.9, "low_rank"), (0.5, "low_rank"), (1.0, "vq"), (0.9, "attention_matching")],
+)
 def test_a_head_replays_while_its_energy_is_below_the_threshold(compressor, threshold):
-    model, ids = make_tiny_llama(), token_ids(300)
+    model, ids = make_tiny_llama(), token_ids(240)
     cache = enable_adms_llm(model, **SMALL, compressor_type=compressor, energy_replay_threshold=threshold)
     first, triggers, replayed, reserved = cache.layers[0], 0, 0, [torch.full((1, 2), 6)] * 2
-    for start in range(0, 300, 4):
+    for start in range(0, 240, 4):
         rounds = first.rounds
         stream(model, ids[:, start : start + 4], cache, 4)
         if first.rounds == rounds:

@@ -82,18 +82,19 @@ def passes(total: int, *chunks: int) -> list[int]:
     return sizes
 
 
-ROWS = ([30, 11], [120, 20, 37, 3])
+ROWS = ([30, 11], [70, 20, 37, 3])
 CHUNKS = ((1,), (7,), (None, 1), (None, 5), (20, 3))
-GRID = [(name, lengths, chunks) for name in ("low_rank", "attention_matching") for lengths in ROWS for chunks in CHUNKS]
-GRID += [(name, ROWS[1], (None, 1)) for name in ("vq", "h2o", "snapkv", "tova")] + [("vq", ROWS[0], (7,))]
+GRID = [("low_rank", lengths, chunks) for lengths in ROWS for chunks in CHUNKS]
+GRID += [("attention_matching", ROWS[number % 2], chunks) for number, chunks in enumerate(CHUNKS)]
+GRID += [(name, ROWS[1], (None, 5)) for name in ("vq", "h2o", "snapkv", "tova")] + [("vq", ROWS[0], (7,))]
 
 
 @pytest.mark.parametrize("compressor,lengths,chunks", GRID)
 def test_a_row_of_a_padded_batch_gives_what_it_gives_alone(compressor, lengths, chunks):
     chunks = [max(lengths) if chunk is None else chunk for chunk in chunks]
     assert_rows_equal(
-        MODEL, lambda: enable_adms_llm(MODEL, **{**SMALL, "compressor_type": compressor}), lengths, 40,
-        passes(max(lengths) + 40, *chunks),
+        MODEL, lambda: enable_adms_llm(MODEL, **{**SMALL, "compressor_type": compressor}), lengths, 24,
+        passes(max(lengths) + 24, *chunks),
     )  # fmt: skip
 
 
@@ -106,7 +107,7 @@ def test_a_row_of_a_padded_batch_gives_what_it_gives_alone(compressor, lengths, 
     start=st.integers(0, 4),
     policy=st.sampled_from(["auto", "cache", "absolute"]),
 )
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 def test_rows_stay_themselves_whatever_the_settings(lengths, sizes, recent, budget, interval, start, policy):
     chosen = {**SMALL, "recent_size": recent, "compressed_budget": budget, "compression_interval": interval,
               "start_size": start, "min_importance_tokens": 0, "position_policy": policy}  # fmt: skip
@@ -116,13 +117,13 @@ def test_rows_stay_themselves_whatever_the_settings(lengths, sizes, recent, budg
 
 
 @pytest.mark.parametrize("scope", ["layer", "model"])
-@pytest.mark.parametrize("chunks", [(120, 1), (7,)])
+@pytest.mark.parametrize("chunks", [(70, 1), (7,)])
 def test_a_row_stays_itself_with_all_four_modules(scope, chunks):
     config = ADMSConfig.adm_plus_plus(
         **SMALL, sketch_budget=4, replay_budget=2, energy_replay_threshold=1.0, controller_scope=scope
     )
     cache = assert_rows_equal(
-        MODEL, lambda: enable_adms_llm(MODEL, config), [120, 20, 37, 7], 100, passes(220, *chunks), tolerance=1e-4
+        MODEL, lambda: enable_adms_llm(MODEL, config), [70, 20, 37, 7], 60, passes(130, *chunks), tolerance=1e-4
     )
     stats = cache.stats
     assert stats["total_replay_tokens"] and stats["total_sketch_tokens"] and stats["total_calibrations"]
@@ -132,7 +133,7 @@ def test_a_row_stays_itself_with_all_four_modules(scope, chunks):
 def test_every_family_takes_padded_batches(name, given_positions):
     model = make(name)
     assert_rows_equal(
-        model, lambda: enable_adms_llm(model, **SMALL), [50, 3, 20], 25, passes(75, 50, 1), given_positions=given_positions
+        model, lambda: enable_adms_llm(model, **SMALL), [36, 3, 20], 12, passes(48, 36, 1), given_positions=given_positions
     )
 
 
@@ -169,7 +170,7 @@ def test_a_mask_of_the_new_tokens_alone_is_enough():
 def test_generate_says_for_each_row_what_it_says_alone(tokens):
     rows = [token_ids(tokens, seed=1)[0], token_ids(5, seed=2)[0], token_ids(tokens // 2, seed=3)[0]]
     ids, mask, _ = left_padded(rows)
-    options = {"max_new_tokens": 50, "min_new_tokens": 50, "do_sample": False}
+    options = {"max_new_tokens": 36, "min_new_tokens": 36, "do_sample": False}
     cache = enable_adms_llm(MODEL, **SMALL)
     together = MODEL.generate(ids, attention_mask=mask, past_key_values=cache, **options)
     for number, row in enumerate(rows):
