@@ -19,6 +19,7 @@ from .controller import ControllerMixin
 from .dual_fidelity import DualFidelityMixin
 from .group import can_plan, group_layers, measured_budgets, plan_budgets
 from .layer import ADMSLayer, Arrival, NonFiniteError
+from .padding import MaskChange, Stretches, known_figures, mask_change, mask_figures, real_tail, with_columns
 from .parallel import Ranks
 from .positions import PositionWindow
 from .replay import ReplayMixin
@@ -102,6 +103,8 @@ class ADMSKVCache(
         self._followed: list[int] | None = None
         self._before: list[tuple[int, dict[str, Any] | None]] | None = None
         self._room: tuple[int, int, Arrival] | None = None
+        # Which columns of the masks were padding; see `padding.py`.
+        self.padding: list[Stretches] = []
         self._length_override: int | None = None
         self._told_unwired = False
         # Set during a forward pass of a model whose attention is reached through the keys only (attention.AttendedKeys.of).
@@ -197,6 +200,7 @@ class ADMSKVCache(
                 self.layers[number] = DynamicSlidingWindowLayer(layer.sliding_window)
                 self.layers[number].rope = getattr(layer, "rope", None)
         self.window.reset()
+        self.padding = []
         group_layers(self._full_layers(), self.layers_at_once)
         self._hand_counts = {}
         self._variances = {}
@@ -215,6 +219,7 @@ class ADMSKVCache(
         Args:
             positions: the position ids the model would use, `[batch or 1, new]`, or None.
             attention_mask: 2-D, 1 for real tokens, a column for each token seen and new, or for each new one only; or None.
+                What it changes of tokens seen holds from now on.
             new: number of new tokens; batch: rows; device: where they are.
 
         Returns:
@@ -229,26 +234,35 @@ class ADMSKVCache(
         self._end_recording()
         seen = self.get_seq_length()
         self._followed = self.window.following
-        counts = real = None
+        counts = real = change = None
         tail = 0
         only_new = False
         if isinstance(attention_mask, torch.Tensor):
             attention_mask, only_new = self._whole_mask(attention_mask, seen, new, batch)
             if attention_mask is not None and attention_mask.dim() == 2:
                 real = attention_mask[:, -new:].bool()
-                tail, *counts = torch.cat([real.flip(1).cumprod(1).sum(1).amin()[None], real.sum(1)]).tolist()
+                figures = [real.flip(1).cumprod(1).sum(1).amin()[None], real.sum(1)]
+                if seen and not only_new and self.wired and batch == self.batch_size:
+                    figures.append(mask_figures(attention_mask[:, :seen], self.padding))
+                tail, *figures = torch.cat(figures).tolist()
+                counts, figures = figures[:batch], figures[batch:]
+                if figures and figures != known_figures(self.padding, batch):
+                    change = self._mask_change(attention_mask[:, :seen].bool().cpu())
                 if min(counts) == new:
                     real = counts = None
         if only_new and seen:
             # Counted from a mask of the new tokens alone, they would start at 0 again.
             positions = None
-        first, last = self.window.span(positions, real, counts, new)
+        # Where a mask takes tokens out, the next one's position is told, not counted.
+        first, last = self.window.span(positions, real, counts or (change and [new] * batch), new)
         if positions is None and self.window.following is None and real is not None:
             first, last = [0] * batch, [count - 1 for count in counts]
         masked = isinstance(attention_mask, torch.Tensor)
         arrival = Arrival(real=real, counts=counts, masked=masked, tail=tail)
         # Refused before anything changes: what a compaction would make room for can only be fewer slots.
-        self.window.plan(first, last, self._slots(new, counts))
+        self.window.plan(first, last, self._slots(new, counts, change))
+        if change is not None:
+            self._change_mask(change)
         self._room = new, batch, arrival
         self._make_room(*self._room)
         shifts = self.window.plan(first, last, self._slots())
@@ -263,6 +277,9 @@ class ADMSKVCache(
         self._before = [
             (layer.get_seq_length(), None if isinstance(layer, ADMSLayer) else dict(vars(layer))) for layer in self.layers
         ]
+        if real is not None:
+            # Of one token a row the counts have told.
+            self.padding = with_columns(self.padding, seen, torch.tensor(counts)[:, None] if new == 1 else real.cpu())
         return arrival.positions, attention_mask
 
     def _whole_mask(self, mask: torch.Tensor, seen: int, new: int, batch: int) -> tuple[torch.Tensor | None, bool]:
@@ -298,24 +315,43 @@ class ADMSKVCache(
                 before = layer.real[:, :seen].to(mask)
         return torch.cat([before, mask], dim=1), True
 
-    def _slots(self, new: int = 0, counts: list[int] | None = None) -> list[int]:
-        """Slots each row uses in the layer where they are most, after the compactions that `new` more tokens make necessary;
-        one number where all rows use as many."""
+    def _mask_change(self, past: torch.Tensor) -> MaskChange:
+        """What a mask, bool `[batch, seen]`, changes of the tokens seen; `ValueError` where that can't be."""
+        layers = self._full_layers()
+        loose = [min(layer.of_row(row)[0].loose for layer in layers) for row in range(len(past))]
+        return mask_change(past, self.padding, loose, not any(getattr(layer, "aligned", False) for layer in layers))
+
+    def _change_mask(self, change: MaskChange) -> None:
+        """Let every layer hold what a mask calls tokens, and remember what it calls padding."""
+        batch, seen = change.real.shape
+        with self._broken_if_it_fails():
+            self._hold_rows(batch)
+            self.padding = with_columns([], 0, change.real)
+            for layer in self._full_layers():
+                layer.change_mask(change, real_tail(self.padding, seen))
+
+    def _hold_rows(self, batch: int) -> None:
+        """From now on each row is held and compacted by itself."""
+        for number, layer in enumerate(self.layers):
+            if isinstance(layer, ADMSLayer) and not isinstance(layer, PaddedLayer):
+                self.layers[number] = PaddedLayer(layer, batch)
+
+    def _slots(self, new: int = 0, counts: list[int] | None = None, change: MaskChange | None = None) -> list[int]:
+        """Slots each row uses in the layer where they are most, after the compactions that `new` more tokens make necessary
+        and with what a mask's `change` adds; one number where all rows use as many."""
         layers = [layer for layer in self._full_layers() if layer.is_initialized]
         if not layers:
             return [self.get_seq_length()]
-        return [max(numbers) for numbers in zip(*(layer.row_lengths(new, counts) for layer in layers), strict=True)]
+        slots = [max(numbers) for numbers in zip(*(layer.row_lengths(new, counts) for layer in layers), strict=True)]
+        return slots if change is None else [number + max(map(len, change.shown)) for number in slots]
 
     def _make_room(self, new: int, batch: int, arrival: Arrival) -> None:
         """Compact what is due before the new tokens come; from the first padding on, each row by itself."""
         if not self.wired:
             return
+        if arrival.real is not None:
+            self._hold_rows(batch)
         layers = self._full_layers()
-        if arrival.real is not None and layers and not isinstance(layers[0], PaddedLayer):
-            for number, layer in enumerate(self.layers):
-                if isinstance(layer, ADMSLayer):
-                    self.layers[number] = PaddedLayer(layer, batch)
-            layers = self._full_layers()
         for layer in layers:
             layer.accept()
             if isinstance(layer, PaddedLayer) and arrival.counts is not None:
@@ -380,7 +416,7 @@ class ADMSKVCache(
     @contextlib.contextmanager
     def _broken_if_it_fails(self) -> Iterator[None]:
         """What concerns all layers at once is done for all of them or the cache says that it is not."""
-        self.broken = "moving budgets or positions failed half way"
+        self.broken = "moving budgets or positions, or hiding tokens, failed half way"
         yield
         self.broken = None
 
@@ -433,6 +469,8 @@ class ADMSKVCache(
         before, room = self._before or [], self._room
         self._arrival = self._before = self._room = None
         self.window.following = self._followed
+        if before:
+            self._forget_columns(before[0][0])
         if self.broken:
             return
         self.broken = "a forward pass failed after some layers had compacted its tokens, or in the middle of a compaction"
@@ -477,6 +515,11 @@ class ADMSKVCache(
             if isinstance(layer, ADMSLayer) or gone or getattr(layer, "record_past", False):
                 layer.crop(-gone)
         self.window.remove(gone)
+        self._forget_columns(self.get_seq_length())
+
+    def _forget_columns(self, seen: int) -> None:
+        if self.padding:
+            self.padding = with_columns(self.padding, seen, torch.ones(len(self.padding), 0))
 
     def activate_past_recording(self) -> None:
         """Passes count only with the next `crop` or pass from now on; see `ADMSLayer.activate_past_recording`."""
@@ -506,6 +549,8 @@ class ADMSKVCache(
         rows = max(len(self.window.offsets), len(self.window.following or ()))
         if rows > 1:
             self.window.pick(chosen(torch.arange(rows)).tolist())
+        if self.padding:
+            self.padding = [self.padding[row] for row in chosen(torch.arange(len(self.padding))).tolist()]
 
     # -- plain lists -----------------------------------------------------------------------------------------------------
 

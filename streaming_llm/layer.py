@@ -938,12 +938,16 @@ class ADMSLayer(CacheLayerMixin):
 
     def check_crop(self, gone: int) -> None:
         """Raise `ValueError` where the last `gone` tokens can't be removed."""
-        floor = self.config.dynamic_start_size + self.width if self.compacted else 0
-        if gone > self.length - floor:
+        if gone > self.loose:
             raise ValueError(
-                f"crop({-gone}) asks for more than the last {self.length - floor} tokens, "
+                f"crop({-gone}) asks for more than the last {self.loose} tokens, "
                 "which are all that is held exactly; what was compacted can't be rolled back"
             )
+
+    @property
+    def loose(self) -> int:
+        """The newest tokens that are held one by one: before the first compaction all of them."""
+        return self.length - (self.config.dynamic_start_size + self.width if self.compacted else 0)
 
     def _remove(self, gone: int) -> None:
         waiting = 0 if self._waiting is None else self._waiting.shape[3]
@@ -970,6 +974,20 @@ class ADMSLayer(CacheLayerMixin):
         self.query_last = 0 if self.query_count else max(0, self.query_last - gone)
         self.query_count = max(0, self.query_count - gone)
         self.query_folded = min(self.query_folded, self.query_count)
+
+    def drop_queries(self, gone: set[int], known: float) -> list[bool]:
+        """Count the queries without those of tokens of the ages `gone`, and those of tokens `known` or more old.
+
+        Returns:
+            Which of the slots in use hold queries that stay; the caller moves these to the front.
+        """
+        count, used = self.query_count, self.query_slots_used
+        # Behind the newest queries lie those from before the last compaction (see `newest_queries`).
+        ages = (*range(count - 1, -1, -1), *range(used - 1, count - 1, -1))
+        stay = [age < known and age not in gone for age in ages]
+        self.query_folded, self.query_count = sum(stay[: self.query_folded]), sum(stay[:count])
+        self.query_last = min(self.query_last, sum(stay))
+        return stay
 
     def reset(self) -> None:
         """Forget everything, as a new layer."""

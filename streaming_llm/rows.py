@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from .autograd import unrecorded
 from .layer import COUNTS, ADMSLayer, Arrival
+from .padding import MaskChange
 from .tokens import RECENT, WeightedTokens, concatenate
 
 
@@ -104,11 +106,11 @@ class PaddedLayer(ADMSLayer):
     def _index(self, cohort: Cohort) -> torch.Tensor:
         return torch.tensor(cohort.rows, device=self.device)
 
-    def split(self, counts: list[int]) -> None:
-        """Let rows that are to get different numbers of tokens be of different cohorts."""
+    def split(self, counts: list) -> None:
+        """Let rows that are to get different numbers of tokens (or to differ in anything else) be of different cohorts."""
         cohorts = []
         for cohort in self.cohorts:
-            wanted: dict[int, list[int]] = {}
+            wanted: dict[Any, list[int]] = {}
             for place, row in enumerate(cohort.rows):
                 wanted.setdefault(counts[row], []).append(place)
             for places in wanted.values():
@@ -361,6 +363,46 @@ class PaddedLayer(ADMSLayer):
         self.buffer.pos.scatter_(2, at, positions.expand(at.shape).to(torch.float32))
         self.buffer.beta.scatter_(2, at, 0.0)
         self.buffer.beta[:, :, nobodys:] = -torch.inf
+        self._bias = None
+
+    @unrecorded()
+    def change_mask(self, change: MaskChange, tail: int) -> None:
+        """Take the tokens out that a later mask hides; let padding that still has its slots be tokens where it is shown.
+
+        `tail`: how many of the newest columns are real in every row then.
+        """
+        self.split(list(zip(change.hidden, change.shown, strict=True)))
+        batch, heads = self.buffer.beta.shape[:2]
+        slots = torch.ones(batch, self.buffer.length, dtype=torch.bool)
+        queries = torch.ones(batch, self.config.query_slots, dtype=torch.bool)
+        lengths, counts = [0] * batch, [0] * batch
+        for cohort in self.cohorts:
+            part, hidden, shown = cohort.part, change.hidden[cohort.rows[0]], change.shown[cohort.rows[0]]
+            # Before the newest token that is shown there are no queries without a gap.
+            stay = torch.tensor(part.drop_queries(set(hidden), min(shown, default=torch.inf)), dtype=torch.bool)
+            for row in cohort.rows:
+                slots[row, [part.length - 1 - age for age in hidden]] = False
+                queries[row, : len(stay)] = stay
+                lengths[row], counts[row] = part.length + len(shown) - len(hidden), part.query_count
+            part.length, part.seen = lengths[row], part.seen + len(shown) - len(hidden)
+        if self.query_buffer is not None:
+            order = (~queries).to(torch.int8).argsort(dim=1, stable=True).to(self.device)
+            self.query_buffer = self.query_buffer.gather(3, order[:, None, None, :, None].expand(self.query_buffer.shape))
+        self.offsets = torch.tensor(lengths, device=self.device)
+        self.query_offsets = torch.tensor(counts, device=self.device)
+        self.tail = tail
+        if self.aligned:
+            order = (~slots).to(torch.int8).argsort(dim=1, stable=True).to(self.device)
+            self.buffer = self.buffer.gather(order[:, None].expand(-1, heads, -1))
+            self._free_beyond()
+            self._agree()
+            return
+        real = change.real.to(self.device)
+        fresh = (real & ~self.real[:, : self.length])[:, None]
+        for name, value in (("beta", 0), ("score", 0), ("mass", 0), ("square", 0), ("count", 1), ("tier", RECENT)):
+            getattr(self.buffer, name)[:, :, : self.length].masked_fill_(fresh, value)
+        self.buffer.hide(0, ~real[:, None])
+        self.real[:, : self.length] = real
         self._bias = None
 
     @property

@@ -44,7 +44,7 @@ class SessionMixin:
     """`save` and `load` of the cache."""
 
     # Names of what a cache holds beside its layers that is saved with it, and of what is not.
-    KEPT = ("_length_override", "_hand_counts", "_variances")
+    KEPT = ("padding", "_length_override", "_hand_counts", "_variances")
     TRANSIENT = (
         "config",
         "wired",
