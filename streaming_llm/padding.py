@@ -42,7 +42,9 @@ def mask_figures(past: torch.Tensor, padding: list[Stretches]) -> torch.Tensor:
     counts = past.shape[1] - past.count_nonzero(1)
     if not padding:
         return counts
-    weighed = (past == 0) * _weights(0, past.shape[1], past.device)
+    # Behind the last padding known the counts tell enough.
+    end = past.shape[1] - real_tail(padding, past.shape[1])
+    weighed = (past[:, :end] == 0) * _weights(0, end, past.device)
     return torch.cat([counts, weighed.sum(1)])
 
 
@@ -104,10 +106,7 @@ def mask_change(past: torch.Tensor, padding: list[Stretches], loose: list[int], 
     _refuse(
         hidden & (ages >= torch.tensor(loose)[:, None]),
         0,
-        [
-            f"which are sinks or were merged: of that row only the last {tokens} tokens can still be hidden"
-            for tokens in loose
-        ],
+        [f"which are sinks or were merged: only the row's last {tokens} tokens can still be hidden" for tokens in loose],
     )
     if not slots_kept:
         _refuse(shown, 1, ["which were padding until now, and padding is not held any more"] * len(past))
