@@ -16,12 +16,16 @@ import torch
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .autograd import autocast_dtype
 from .layer import ADMSLayer
 
 PREFIX = "adms_"
 BASES = ("eager", "sdpa")
 # Model types that call torch's attention themselves, whatever is registered.
 SDPA_ITSELF = ("falcon",)
+# Devices where torch's attention takes a float32 mask beside half-precision queries. CUDA's kernels want the queries' dtype;
+# an eager attention adds and normalises in float32 anywhere.
+WIDE_MASKS = ("cpu",)
 
 
 class WiredConfig:
@@ -70,26 +74,48 @@ def _attention(base: str) -> Callable:
         layer: ADMSLayer | None = getattr(key, "adms_layer", None)
         if layer is None:
             return forward(module, query, key, value, attention_mask, **kwargs)
-        key, value = _for_backward(query, key, value)
-        attention_mask = _mask(layer, query, key, attention_mask)
-        result = forward(module, query, key, value, attention_mask, **kwargs)
+        result = _attend(
+            layer,
+            lambda *states: forward(module, *states, **kwargs),
+            query,
+            key,
+            value,
+            attention_mask,
+            wide=base == "eager" or query.device.type in WIDE_MASKS,
+        )
         _show(layer, query, kwargs.get("scaling"), kwargs.get("softcap"))
         return result
 
     return adms_attention
 
 
-def _mask(layer: ADMSLayer, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
-    if layer.plain:
-        return mask
-    return layer.attention_bias(query.shape[2], query.shape[1] // key.shape[1], query.dtype)
+def _attend(
+    layer: ADMSLayer,
+    kernel: Callable,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    wide: bool,
+) -> Any:
+    """`kernel(query, key, value, mask)`, with the log-mass in place of `mask` once that counts; `wide`: in float32 then.
 
-
-def _for_backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    Autocast would round the log-mass, and make of its lowest number one that leaves nothing of a row: what it would do to
+    the other three is done here, and it is off in the kernel.
+    """
     if query.requires_grad and torch.is_grad_enabled() and not key.requires_grad:
         # Only the queries are learnt: the backward pass needs the keys and values as they are now.
-        return key.clone(), value.clone()
-    return key, value
+        key, value = key.clone(), value.clone()
+    if layer.plain:
+        return kernel(query, key, value, mask)
+    kind = query.device.type
+    dtype = autocast_dtype(query.dtype, kind)
+    wide = wide and dtype.itemsize < 4
+    bias = layer.attention_bias(query.shape[2], query.shape[1] // key.shape[1], torch.float32 if wide else dtype)
+    if not torch.is_autocast_enabled(kind):
+        return kernel(query, key, value, bias)
+    with torch.autocast(kind, enabled=False):
+        return kernel(query.to(dtype), key.to(dtype), value.to(dtype), bias)
 
 
 def _show(layer: ADMSLayer, query: torch.Tensor, scale: float | None, softcap: float | None = None) -> None:
@@ -143,11 +169,13 @@ class AttendedKeys(torch.Tensor):
         **kwargs,
     ) -> torch.Tensor:
         layer = key.adms_layer
-        key, value = _for_backward(query, key.keys, value)
-        mask = _mask(layer, query, key, attn_mask)
-        # The log-mass says what is causal as well, and torch takes no mask beside is_causal.
-        is_causal = is_causal and mask is attn_mask
-        result = kernel(query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, **kwargs)
+
+        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+            # The log-mass says what is causal as well, and torch takes no mask beside is_causal.
+            causal = is_causal and mask is attn_mask
+            return kernel(query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=causal, scale=scale, **kwargs)
+
+        result = _attend(layer, attend, query, key.keys, value, attn_mask, wide=query.device.type in WIDE_MASKS)
         _show(layer, query, scale)
         return result
 

@@ -1,23 +1,44 @@
-"""What the cache keeps stays outside autograd, and can be written to in every mode a model may run in."""
+"""What the cache keeps stays outside autograd and autocast, and can be written to in every mode a model may run in."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
 
 
+@functools.cache
+def _device_types() -> tuple[str, ...]:
+    accelerator = torch.accelerator.current_accelerator()
+    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
+
+
 @contextlib.contextmanager
 def unrecorded() -> Iterator[None]:
-    """Nothing is recorded for a backward pass, and new tensors are ordinary ones, even inside `torch.inference_mode`.
+    """Nothing is recorded for a backward pass, nothing is cast, and new tensors are ordinary ones.
 
-    A tensor made in inference mode can never be written to outside it: a cache filled by `generate` under inference mode
-    could not go on elsewhere. Also a decorator.
+    A tensor made in `torch.inference_mode` can never be written to outside it: a cache filled by `generate` under inference
+    mode could not go on elsewhere. `torch.autocast` would have scores and fits, which need float32, computed in half
+    precision. Also a decorator.
     """
-    if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+    cast = [kind for kind in _device_types() if torch.is_autocast_enabled(kind)]
+    recorded = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
+    if not cast and not recorded:
         yield
         return
-    # Leaving inference mode turns recording on, so the order matters.
-    with torch.inference_mode(False), torch.no_grad():
+    with contextlib.ExitStack() as modes:
+        for kind in cast:
+            modes.enter_context(torch.autocast(kind, enabled=False))
+        if recorded:
+            # Leaving inference mode turns recording on, so the order matters.
+            modes.enter_context(torch.inference_mode(False))
+            modes.enter_context(torch.no_grad())
         yield
+
+
+def autocast_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """The dtype a matrix product of `dtype` is computed in: autocast's where that is on there; it leaves float64 alone."""
+    cast = dtype != torch.float64 and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if cast else dtype

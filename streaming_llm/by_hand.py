@@ -95,7 +95,7 @@ class ByHandMixin:
             if layer.hand_sketches is not None:
                 like_k, like_v = layer.hand_sketches.keys, layer.hand_sketches.values
             else:
-                empty = torch.zeros(1, 1, 0, 1)
+                empty = torch.zeros(1, 1, 0, 1, dtype=torch.float32)
                 like_k = empty if keys is None else keys[None, None]
                 like_v = empty if values is None else values[None, None]
             like_k, like_v = (x[:, :1].expand(1, missing, *x.shape[2:]) for x in (like_k, like_v))
@@ -147,7 +147,7 @@ class ByHandMixin:
             if bank is not None:
                 like_k, like_v = bank.keys, bank.values
             else:
-                empty = torch.zeros(1, 1, 0, 1)
+                empty = torch.zeros(1, 1, 0, 1, dtype=torch.float32)
                 like_k = empty if keys is None else keys[None, None]
                 like_v = empty if values is None else values[None, None]
             like_k, like_v = (x[:, :1].expand(1, missing, *x.shape[2:]) for x in (like_k, like_v))

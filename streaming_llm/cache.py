@@ -130,7 +130,9 @@ class ADMSKVCache(
         layer = self.layers[layer_idx]
         self._check_same_point(layer_idx, key_states.shape[2])
         if not isinstance(layer, ADMSLayer):
-            return layer.update(key_states, value_states, *args, **kwargs)
+            # A dtype that changed since the last pass: transformers' layers join both to the wider one.
+            keys, values = layer.update(key_states, value_states, *args, **kwargs)
+            return keys.to(key_states.dtype), values.to(value_states.dtype)
         if not self.wired and not self._told_unwired and layer.length + key_states.shape[2] > layer.capacity:
             logger.warning(
                 "this cache is used by a model that was not enabled: no queries are seen, so importance rests on keys and "

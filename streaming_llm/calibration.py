@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .autograd import unrecorded
 from .config import ANCHOR_MODES
 from .state import HeadState, HeadView
 
@@ -41,11 +42,11 @@ class CalibrationState(HeadState):
     @classmethod
     def empty(cls, batch: int, heads: int, window: int, device: torch.device | str | None = None) -> CalibrationState:
         """Room for `window` anchors a head, none there yet."""
-        offsets = torch.zeros(batch, heads, 2, device=device)
+        offsets = torch.zeros(batch, heads, 2, dtype=torch.float32, device=device)
         offsets[..., 0] = 1
         return cls(
-            synthetic=torch.zeros(batch, heads, window, device=device),
-            true=torch.zeros(batch, heads, window, device=device),
+            synthetic=torch.zeros(batch, heads, window, dtype=torch.float32, device=device),
+            true=torch.zeros(batch, heads, window, dtype=torch.float32, device=device),
             filled=torch.zeros(batch, heads, dtype=torch.int64, device=device),
             offsets=offsets,
             fitted=torch.zeros(batch, heads, dtype=torch.bool, device=device),
@@ -58,7 +59,7 @@ class CalibrationState(HeadState):
         return torch.arange(window, device=self.filled.device) >= window - self.filled[..., None]
 
 
-@torch.no_grad()
+@unrecorded()
 def update_anchors(
     state: CalibrationState, synthetic: torch.Tensor, true: torch.Tensor, real: torch.Tensor | None = None
 ) -> None:
@@ -149,7 +150,7 @@ def _fit(state: CalibrationState, regularization: float) -> _Fit:
     return _Fit(centre, torch.where(enough, shift, 0.0), torch.where(enough, slope, 0.0))
 
 
-@torch.no_grad()
+@unrecorded()
 def fit_positions(state: CalibrationState, regularization: float) -> torch.Tensor:
     """Ridge regression `true ~ a * synthetic + b` of each head's anchors, pulled towards the identity (`a` = 1).
 
@@ -165,7 +166,7 @@ def fit_positions(state: CalibrationState, regularization: float) -> torch.Tenso
     return _fit(state, regularization).offsets
 
 
-@torch.no_grad()
+@unrecorded()
 def calibrate(
     state: CalibrationState,
     positions: torch.Tensor,
@@ -221,7 +222,7 @@ def _sorted(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     return values.masked_fill(~valid, torch.inf).sort(dim=-1).values.gather(-1, _ranks(valid))
 
 
-@torch.no_grad()
+@unrecorded()
 def anchor_positions(mean: torch.Tensor, mode: str, seed: int, valid: torch.Tensor | None = None) -> torch.Tensor:
     """Positions of tokens made from several, by `anchor_mode`.
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .autograd import unrecorded
 from .budgets import middle_variance, share_budget
 from .dual_fidelity import check_head
 from .importance import Queries, attention_logits
@@ -47,8 +48,8 @@ class ControllerState(HeadState):
     def empty(cls, batch: int, heads: int, device: torch.device) -> ControllerState:
         """Nothing measured yet."""
         return cls(
-            energy=torch.ones(batch, heads, device=device),
-            mass=torch.zeros(batch, heads, device=device),
+            energy=torch.ones(batch, heads, dtype=torch.float32, device=device),
+            mass=torch.zeros(batch, heads, dtype=torch.float32, device=device),
             measured=torch.zeros(batch, heads, dtype=torch.int64, device=device),
             budgets=torch.zeros(batch, heads, dtype=torch.int64, device=device),
         )
@@ -68,12 +69,13 @@ def reconstruction_energy(before: torch.Tensor, after: torch.Tensor) -> torch.Te
 
 def update_controller(state: ControllerState, energy: torch.Tensor, mass: torch.Tensor, gain: float) -> None:
     """Fold one measurement of each head, `[batch, kv_heads]`, into the EMAs, in place; the first one sets them."""
-    weight = torch.where(state.measured == 0, 1.0, gain)
+    weight = torch.full_like(state.energy, gain).masked_fill_(state.measured == 0, 1.0)
     state.energy.lerp_(energy.clamp(0.0, 1.0), weight)
     state.mass.lerp_(mass.clamp(0.0, 1.0), weight)
     state.measured.add_(1)
 
 
+@unrecorded()
 def group_mean(values: torch.Tensor, measured: torch.Tensor, size: int) -> torch.Tensor:
     """Mean over runs of `size` heads of those that were measured, given back to each; `[batch, kv_heads]`."""
     heads = values.shape[-1]

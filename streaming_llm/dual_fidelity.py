@@ -56,7 +56,8 @@ def reduce_tokens(
     def added(states: torch.Tensor) -> torch.Tensor:
         shape = (*states.shape[:2], clusters, states.shape[-1])
         at = assigned[..., None].expand(states.shape)
-        return torch.zeros(shape, device=states.device).scatter_add_(2, at, states.float() * weight[..., None])
+        weighted = states.float() * weight[..., None]
+        return weighted.new_zeros(shape).scatter_add_(2, at, weighted)
 
     return added(keys), added(values)
 
@@ -75,6 +76,7 @@ def _first_member(member: torch.Tensor, assigned: torch.Tensor, clusters: int) -
     return first.clamp(max=max(tokens - 1, 0)), first < tokens
 
 
+@unrecorded()
 def residual_energy(
     original_k: torch.Tensor, original_v: torch.Tensor, approx_k: torch.Tensor, approx_v: torch.Tensor
 ) -> torch.Tensor:
@@ -164,7 +166,7 @@ def make_sketches(
     if draws is not None:
         faint = _FAINT * mass.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp_min(1) + 1e-30
         gain = ((total + faint) / (draws(keys) + faint)).log()
-        beta = torch.where(single, alone.beta, torch.minimum(gain, count.clamp_min(1).log() + _MOST_LOG_GAIN))
+        beta = torch.where(single, alone.beta, torch.minimum(gain, count.clamp_min(1).float().log() + _MOST_LOG_GAIN))
     pos = alone.pos
     if reduction != "first":
         pos = torch.where(single, pos, _summed(mass * members.pos, assigned, clusters) / total.clamp_min(_TINY))
@@ -318,7 +320,7 @@ class DualFidelityMixin:
         """
         check_head(tokens_k=tokens_k, tokens_v=tokens_v)
         keys, values = as_batch(tokens_k, tokens_v)
-        weight = torch.ones(1, 1, tokens_k.shape[0], device=tokens_k.device)
+        weight = torch.ones(1, 1, tokens_k.shape[0], dtype=torch.float32, device=tokens_k.device)
         if tokens_k.shape[0] == 0 and reduction in SKETCH_REDUCTIONS:
             return tokens_k, tokens_v
         k, v = reduce_tokens(keys, values, weight, weight.long() * 0, 1, reduction)
@@ -345,7 +347,7 @@ class DualFidelityMixin:
         new = WeightedTokens.new(keys, values, positions[None, None])
         new.tier.fill_(EXACT)
         both = concatenate([tokens, new])
-        scale = torch.ones(1, 1, 1, 1, device=overflow_k.device)
+        scale = torch.ones(1, 1, 1, 1, dtype=torch.float32, device=overflow_k.device)
         assigned = similar_clusters(both, slots, scale, both.count.float())
         made = make_sketches(both, assigned, slots, self.config.sketch_reduction, None)
         # By hand also a sketch of one token is a sketch: its original is stored beside it.

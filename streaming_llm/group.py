@@ -60,12 +60,13 @@ class LayerGroup:
                 setattr(self.whole, name, state)
         held = self.whole.buffer
         rows = held.keys.shape[0] // len(self.layers)
-        fits = (rows, *keys.shape[1:2], keys.shape[3], values.shape[3], keys.dtype, keys.device) == (
+        fits = (rows, *keys.shape[1:2], keys.shape[3], values.shape[3], keys.dtype, values.dtype, keys.device) == (
             keys.shape[0],
             held.keys.shape[1],
             held.keys.shape[3],
             held.values.shape[3],
             held.keys.dtype,
+            held.values.dtype,
             held.keys.device,
         )
         if not fits:

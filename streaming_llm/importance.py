@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .autograd import unrecorded
 from .tokens import WeightedTokens, top_slots
 
 # Logits that exist at once: what a CPU's caches hold, what an accelerator can spare.
@@ -87,7 +88,7 @@ def attention_logits(queries: Queries, keys: torch.Tensor, beta: torch.Tensor) -
     return logits
 
 
-@torch.no_grad()
+@unrecorded()
 def attention_statistics(queries: Queries, keys: torch.Tensor, beta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and mean square over the queries of each token's attention probability.
 
@@ -99,7 +100,7 @@ def attention_statistics(queries: Queries, keys: torch.Tensor, beta: torch.Tenso
     """
     batch, heads, groups, window, _ = queries.states.shape
     tokens = keys.shape[2]
-    mass = torch.zeros(batch, heads, tokens, device=keys.device)
+    mass = torch.zeros(batch, heads, tokens, dtype=torch.float32, device=keys.device)
     square = torch.zeros_like(mass)
     most = _CPU_BLOCK_ELEMENTS if keys.device.type == "cpu" else _BLOCK_ELEMENTS
     per_query = max(1, heads * groups * tokens)
@@ -127,7 +128,7 @@ def _probability_sums(queries: Queries, keys: torch.Tensor, beta: torch.Tensor) 
     return mass, (inverse.square() @ weights.square_())[:, :, 0]
 
 
-@torch.no_grad()
+@unrecorded()
 def less_drawn(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """By how much a token's log-mass must fall for it to draw no more than before, float32 `[batch, kv_heads, tokens]`.
 
@@ -140,7 +141,7 @@ def less_drawn(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     return torch.nan_to_num(more, nan=0.0, posinf=0.0, neginf=0.0).clamp_min(0.0)
 
 
-@torch.no_grad()
+@unrecorded()
 def remember(
     tokens: WeightedTokens, mass: torch.Tensor, square: torch.Tensor, queries: int, window: int, decay: float
 ) -> None:

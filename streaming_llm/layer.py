@@ -321,13 +321,20 @@ class ADMSLayer(CacheLayerMixin):
             value_states: `[batch, kv_heads, tokens, value_dim]`.
             arrival: positions and padding; None for plain tokens that follow the last.
 
+        Returns:
+            `(keys, values)` in the dtypes given: what is held has those of the first pass, which may have been others.
+
         Raises:
-            NonFiniteError: NaN or infinity among them; nothing has changed.
+            NonFiniteError: NaN or infinity among them, or too large for the dtype held; nothing has changed.
             ValueError: a batch, head count or dimension other than the tokens held have; nothing has changed.
             RuntimeError: the model this cache was enabled on no longer shows its queries; nothing has changed.
         """
         with unrecorded():
-            keys, values = self._append(key_states, value_states, arrival)
+            held = (key_states, value_states)
+            if self.is_initialized:
+                held = (key_states.to(self.buffer.keys.dtype), value_states.to(self.buffer.values.dtype))
+            keys, values = self._append(*held, arrival)
+            keys, values = keys.to(key_states.dtype), values.to(value_states.dtype)
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             # What is kept is cut off from autograd and written in place later. Gradients reach the pass's own tokens only:
             # through copies.
@@ -367,7 +374,7 @@ class ADMSLayer(CacheLayerMixin):
 
     def _with_new(self, held: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """What is attended to, with the new tokens' states themselves where it has copies of them."""
-        return torch.cat([held[:, :, : held.shape[2] - states.shape[2]], states.to(held.dtype)], dim=2)
+        return torch.cat([held[:, :, : held.shape[2] - states.shape[2]], states], dim=2)
 
     def make_room(self, new: int) -> None:
         """Compact, with all layers of the group, where `new` more tokens would not fit; what is unsettled is settled first.
@@ -406,7 +413,7 @@ class ADMSLayer(CacheLayerMixin):
         if key_states.device.type == "cpu":
             for name, states in (("key_states", key_states), ("value_states", value_states)):
                 if not bool(torch.isfinite(states).all()):
-                    raise NonFiniteError(f"{name} hold NaN or infinity; the cache takes finite numbers only")
+                    raise NonFiniteError(f"{name} hold NaN or infinity in {states.dtype}: the cache takes finite numbers")
 
     # -- what the attention function asks ------------------------------------------------------------------------------
 
@@ -427,7 +434,7 @@ class ADMSLayer(CacheLayerMixin):
 
         def row(beta: torch.Tensor) -> torch.Tensor:
             batch, heads, tokens = beta.shape
-            beta = beta.clamp_min(lowest).to(dtype)[:, :, None, None]
+            beta = beta.to(dtype).clamp_min(lowest)[:, :, None, None]
             return beta.expand(batch, heads, groups, 1, tokens).reshape(batch, heads * groups, 1, tokens).contiguous()
 
         if self.overflow is not None:
@@ -457,7 +464,7 @@ class ADMSLayer(CacheLayerMixin):
         self.queries_seen = True
         batch, heads = self.buffer.keys.shape[:2]
         new = query.shape[2]
-        states = query.detach().view(batch, heads, query.shape[1] // heads, new, query.shape[-1])
+        states = query.detach().view(batch, heads, query.shape[1] // heads, new, query.shape[-1]).to(self.dtype)
         if self.record_past:
             self._waiting = states
         else:
@@ -486,7 +493,8 @@ class ADMSLayer(CacheLayerMixin):
         """What a pass brought while past was recorded stays: score by its queries, and compact what is too much."""
         if self._waiting is not None:
             states, self._waiting, self._undo = self._waiting, None, None
-            self._take(states)
+            with unrecorded():
+                self._take(states)
 
     def _store_queries(self, states: torch.Tensor) -> None:
         new = states.shape[3]
@@ -726,7 +734,8 @@ class ADMSLayer(CacheLayerMixin):
         )
         exact_budget = None
         if budget is not None:
-            exact_budget = (budget * (exact / width)).round().long().clamp_min(min(config.min_importance_tokens, least))
+            exact_budget = (budget.float() * (exact / width)).round().long()
+            exact_budget = exact_budget.clamp_min(min(config.min_importance_tokens, least))
         index, picked = top_slots(spread, tokens.valid, exact, exact_budget)
         pinned = torch.zeros_like(tokens.valid).scatter(2, index, picked)
         # Older queries came before some of the candidates: only those of the recent window have seen them all.
@@ -1057,5 +1066,5 @@ class ADMSLayer(CacheLayerMixin):
     def held_tokens(self) -> torch.Tensor:
         """Tokens held per row, averaged over the heads, float32 `[batch]`."""
         if self.buffer is None:
-            return torch.zeros(1)
+            return torch.zeros(1, dtype=torch.float32)
         return self.held.valid.sum(-1).float().mean(-1)

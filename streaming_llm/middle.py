@@ -200,7 +200,7 @@ def _follow(
     config, originals = layer.config, layer.originals
     weight = (lambda tokens: tokens.mass) if log_mass else (lambda tokens: tokens.count.float())
     if originals.slots == 0 or not traced:
-        return torch.ones(pool.beta.shape[:2], device=pool.beta.device)
+        return pool.beta.new_ones(pool.beta.shape[:2])
     originals.follow(assigned, weight(pool), weight(middle))
     to_sketch = (middle.tier == SKETCH).gather(2, assigned)
     joined = is_original(pool) & (middle.count.gather(2, assigned) > 1)
@@ -211,7 +211,7 @@ def _follow(
     new = pool.gather(index).where_valid(picked)
     parent = assigned.gather(2, index)
     share = weight(new) / weight(middle).clamp_min(1e-12).gather(2, parent)
-    energy = torch.ones(pool.beta.shape[:2], device=pool.beta.device)
+    energy = pool.beta.new_ones(pool.beta.shape[:2])
     if config.replay_budget:
         made_k, made_v = gather_tokens(middle.keys, parent), gather_tokens(middle.values, parent)
         energy = spectral_energy(made_k, made_v, new.keys, new.values, picked)

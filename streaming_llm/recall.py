@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from .state import HeadState
-from .tokens import CHANGED, SKETCH, UNUSED, WeightedTokens, gather_tokens, top_slots
+from .tokens import CHANGED, SKETCH, UNUSED, WeightedTokens, as_held, gather_tokens, top_slots
 
 _TINY = 1e-12
 # Below this share of what it was a remainder's value is not found by subtraction, which would magnify every inaccuracy.
@@ -186,7 +186,7 @@ def take_off(
         at = parent.gather(2, index)[..., None].expand(own.shape)
         remainder = tokens.values.float().scatter_add(2, at, -own) / rest[..., None]
         changed = touched & (tokens.tier != SKETCH) & (rest >= _LEAST_REST)
-        values = torch.where(changed[..., None], remainder.to(values.dtype), values)
+        values = torch.where(changed[..., None], as_held(remainder, values.dtype), values)
     beta = tokens.beta
     if log_mass:
         less = beta + rest.log()

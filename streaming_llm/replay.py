@@ -39,7 +39,7 @@ class ReplayState(HeadState):
         """At first all slots are kept free."""
         return cls(
             reserved=torch.full((batch, heads), budget, dtype=torch.int64, device=device),
-            energy=torch.ones(batch, heads, device=device),
+            energy=torch.ones(batch, heads, dtype=torch.float32, device=device),
         )
 
 
@@ -59,6 +59,7 @@ def leading_energy(rows: torch.Tensor, rank: int = SPECTRAL_RANK) -> torch.Tenso
     return torch.where(energy.isfinite(), energy, total)
 
 
+@unrecorded()
 def spectral_energy(
     approx_k: torch.Tensor,
     approx_v: torch.Tensor,
@@ -79,9 +80,9 @@ def spectral_energy(
     if valid is not None:
         approx, original = approx * valid[..., None], original * valid[..., None]
     if original.shape[2] == 0:
-        return torch.ones(original.shape[:2], device=original.device)
+        return original.new_ones(original.shape[:2])
     if approx.shape[2] == 0:
-        return torch.zeros(original.shape[:2], device=original.device)
+        return original.new_zeros(original.shape[:2])
     made, given = leading_energy(approx), leading_energy(original)
     ratio = torch.where(given > 0, made / given.clamp_min(1e-30), 1.0)
     return torch.nan_to_num(ratio, nan=0.0, posinf=1.0).clamp(0.0, 1.0)

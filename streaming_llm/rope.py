@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from .autograd import autocast_dtype
 from .model_facts import cache_argument
 from .wrappers import find_decoder
 
@@ -78,7 +79,7 @@ class Rope:
     @classmethod
     def none(cls) -> Rope:
         """A layer whose keys do not turn with position."""
-        return cls("none", torch.empty(0))
+        return cls("none", torch.empty(0, dtype=torch.float32))
 
     @classmethod
     def from_model(cls, model: nn.Module, layer_idx: int | None = None, check: bool = True) -> Rope:
@@ -137,7 +138,7 @@ class Rope:
         with torch.inference_mode(False), torch.no_grad():
             rotary = _private_copy(rotary)
             kept = rotary if stable_length else None
-            rope = cls(rope_type, torch.empty(0), 1.0, False, stable_length, kept, layer_type)
+            rope = cls(rope_type, torch.empty(0, dtype=torch.float32), 1.0, False, stable_length, kept, layer_type)
             return _as_applied(rope, rotary, min(64, stable_length or 64))
 
     def for_length(self, length: int) -> Rope:
@@ -329,7 +330,8 @@ def check_rope(model: nn.Module, ropes: Sequence[Rope]) -> None:
     if not any(keys.any() for keys in stored.values()):
         raise ValueError(f"{kind} stored no keys, so its RoPE can't be checked; {_SUPPORTED}")
     # A key differs from the moved one by the rounding of its own dtype, and of cos and sin in that dtype.
-    tolerance = {i: max(1e-4, 8 * torch.finfo(keys.dtype).eps) for i, keys in stored.items()}
+    eps = {i: torch.finfo(autocast_dtype(keys.dtype, keys.device.type)).eps for i, keys in stored.items()}
+    tolerance = {i: max(1e-4, 8 * own) for i, own in eps.items()}
     agree = {i: _difference(ropes[i].move(keys[:1], 0, far), keys[1:]) <= tolerance[i] for i, keys in stored.items()}
     if any(rope.rotates for rope in ropes):
         wrong = [i for i, same in agree.items() if not same]
@@ -419,7 +421,7 @@ def _cos_sin(rotary: nn.Module, layer_type: str | None, positions: torch.Tensor)
     name = type(rotary).__name__
     kwargs = {} if layer_type is None else {"layer_type": layer_type}
     try:
-        result = rotary(torch.zeros(1, 1, 1), positions, **kwargs)
+        result = rotary(torch.zeros(1, 1, 1, dtype=torch.float32), positions, **kwargs)
     except (TypeError, RuntimeError, ValueError, AttributeError) as error:
         raise ValueError(f"{name} can't be read ({error}); {_SUPPORTED}") from error
     if not isinstance(result, tuple) or len(result) != 2:
@@ -443,7 +445,7 @@ def _as_applied(rope: Rope, rotary: nn.Module, length: int) -> Rope:
     prefix = f"{rope._layer_type}_" if rope._layer_type else ""
     held = [getattr(rotary, f"{prefix}{key}", None) for key in ("inv_freq", "original_inv_freq")]
     held = [inv_freq.detach().float().clone() for inv_freq in held if inv_freq is not None]
-    x = torch.randn(1, 2, 4, 2 * held[0].shape[0], generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, 2, 4, 2 * held[0].shape[0], generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     arguments = (x, cos, sin) if list(inspect.signature(apply).parameters)[1:2] == ["cos"] else (x, x, cos, sin)
     try:
         theirs = apply(*arguments)

@@ -334,7 +334,7 @@ class PaddedLayer(ADMSLayer):
         at = torch.where(self._new_real, self._starts[:, None] + self._new_real.cumsum(-1) - 1, length)
         wider = torch.nn.functional.pad(held, (0, 0, 0, 1))
         at = at[:, None, :, None].expand(-1, held.shape[1], -1, held.shape[3])
-        return wider.scatter(2, at, states.to(held.dtype))[:, :, :length]
+        return wider.scatter(2, at, states)[:, :, :length]
 
     def _scatter(
         self,
@@ -410,6 +410,7 @@ class PaddedLayer(ADMSLayer):
         """True while padding still has its slots and the model's own mask hides it."""
         return not self.aligned and self._masked
 
+    @unrecorded()
     def attention_bias(self, new: int, groups: int, dtype: torch.dtype) -> torch.Tensor:
         """As `ADMSLayer.attention_bias`, each row with its own length."""
         lowest = torch.finfo(dtype).min / 2
@@ -427,7 +428,7 @@ class PaddedLayer(ADMSLayer):
             before = self._marks()[:, None, :-new].expand(-1, new, -1)
             seen = torch.cat([before, own[:, None] & causal], dim=-1)
         batch, heads, tokens = beta.shape
-        bias = beta.clamp_min(lowest).to(dtype)[:, :, None].masked_fill(~seen[:, None], lowest)
+        bias = beta.to(dtype).clamp_min(lowest)[:, :, None].masked_fill(~seen[:, None], lowest)
         # Padding before a row's first token sees nothing: it looks at the first slot, for a result that is finite.
         bias[..., :1].masked_fill_(~seen.any(-1)[:, None, :, None], 0.0)
         return bias[:, :, None].expand(-1, -1, groups, -1, -1).reshape(batch, heads * groups, new, tokens)

@@ -204,6 +204,11 @@ def lighten(tokens: WeightedTokens, lighter: Callable[[torch.Tensor], torch.Tens
     tokens.square.mul_(share.square())
 
 
+def as_held(states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Computed keys or values in the dtype they are held in; what is too large for it becomes its largest number."""
+    return states.to(dtype).clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
+
+
 def gather_tokens(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """`tensor [batch, kv_heads, tokens(, dim)]` at `index [batch, kv_heads, picked]` of each head."""
     if tensor.dim() == 4:

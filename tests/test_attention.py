@@ -188,3 +188,38 @@ def test_registering_twice_changes_nothing():
     first = ALL_ATTENTION_FUNCTIONS["adms_sdpa"]
     attention.register()
     assert ALL_ATTENTION_FUNCTIONS["adms_sdpa"] is first
+
+
+# -- what rounding the log-mass costs ------------------------------------------------------------------------------------
+
+
+# What a kernel may be off for other reasons: sdpa rounds probabilities and its result, eager attention its logits too.
+PRECISION = {("sdpa", torch.bfloat16): 0.003, ("eager", torch.bfloat16): 0.006}
+PRECISION |= {("sdpa", torch.float16): 0.0004, ("eager", torch.float16): 0.0008}
+
+
+@pytest.mark.parametrize("implementation,dtype", PRECISION)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("new", [1, 5])
+def test_the_log_mass_is_not_rounded_to_half_precision(implementation, dtype, autocast, new):
+    layer = ADMSLayer(ADMSConfig(start_size=4, recent_size=200, compressed_budget=312, compression_interval=64), wired=True)
+    wide = torch.float32 if autocast else dtype
+    keys, values = random_states(700, heads=3, dim=64)
+    for part in (slice(0, 516), slice(516, 580 - new), slice(580 - new, 580)):
+        key, value = layer.update(keys[:, :, part].to(wide), values[:, :, part].to(wide))
+    assert key.shape[2] == 580
+    layer.compacted = True
+    layer.buffer.beta[:, :, :580] = 8 * torch.rand(1, 3, 580, generator=torch.Generator().manual_seed(2))
+    beta = layer.buffer.beta[:, :, :580].double().repeat_interleave(3, dim=1)[:, :, None].repeat(1, 1, new, 1)
+    beta[..., -new:] += torch.full((new, new), -torch.inf).triu(1)
+    query = random_queries(new, heads=3, groups=3, dim=64).to(wide) / 2
+    states = [x.to(dtype).double() for x in (query, key, value)]
+    exact_k, exact_v = (x.repeat_interleave(3, dim=1) for x in states[1:])
+    expected = (states[0] @ exact_k.transpose(-1, -2) / 8 + beta).softmax(-1) @ exact_v
+    module = model_with(implementation).model.layers[0].self_attn
+    module.num_key_value_groups = 3
+    function = ALL_ATTENTION_FUNCTIONS[attention.PREFIX + implementation]
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        got, _ = function(module, query, key, value, None, scaling=1 / 8, dropout=0.0)
+    error = (got.transpose(1, 2).double() - expected).norm() / expected.norm()
+    assert got.dtype == dtype and error < PRECISION[implementation, dtype]

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from ..tokens import CHANGED, WeightedTokens
+from ..tokens import CHANGED, WeightedTokens, as_held
 from .base import Compressor, Reference, reference_probabilities
 from .merge import keep_best
 
@@ -34,7 +34,7 @@ def ridge_towards(
     """
     gram = design.transpose(-1, -2) @ design
     level = torch.diagonal(gram, dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(1e-20)
-    eye = torch.eye(gram.shape[-1], device=gram.device)
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     factor, failed = torch.linalg.cholesky_ex(gram + ridge * level * eye)
     residual = design.transpose(-1, -2) @ (target - design @ start)
     step = torch.cholesky_solve(residual, factor)
@@ -81,4 +81,4 @@ class AttentionMatchingCompressor(Compressor):
         values = torch.where(free[..., None], values, kept.values.float())
         beta = kept.beta + factor.log()
         beta = torch.where(free & (beta == 0), CHANGED, beta)
-        return dataclasses.replace(kept, values=values.to(kept.values.dtype), beta=beta, mass=kept.mass * factor)
+        return dataclasses.replace(kept, values=as_held(values, kept.values.dtype), beta=beta, mass=kept.mass * factor)

@@ -22,7 +22,7 @@ _ROUNDING = torch.finfo(torch.float32).eps
 
 @functools.lru_cache(maxsize=8)
 def _start(dim: int, rank: int, device: torch.device) -> torch.Tensor:
-    return torch.randn(dim, rank, generator=torch.Generator().manual_seed(0)).to(device)
+    return torch.randn(dim, rank, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(device)
 
 
 def leading_subspace(covariance: torch.Tensor, rank: int, iterations: int = _ITERATIONS) -> torch.Tensor:

@@ -43,8 +43,8 @@ def weighted_kmeans(
         take = (clusters * (step + 1)) // _ROUNDS - drawn
         if take == 0:
             continue
-        noise = torch.rand(points.shape[-2], generator=generator).to(points.device).clamp(1e-7, 1 - 1e-7)
-        gumbel = -torch.log(-torch.log(noise))
+        noise = torch.rand(points.shape[-2], generator=generator, dtype=torch.float32).clamp(1e-7, 1 - 1e-7)
+        gumbel = -torch.log(-torch.log(noise.to(points.device)))
         draw = torch.log((weight * distance).clamp_min(1e-30)) + gumbel
         draw = torch.where(weight > 0, draw, draw - 1e6)
         index = draw.masked_fill(chosen, -torch.inf).topk(take, dim=-1).indices

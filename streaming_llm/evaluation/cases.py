@@ -45,11 +45,11 @@ def _layer(**settings) -> ADMSLayer:
 def _states(tokens: int, seed: int, spread: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Keys, values and queries of a head group; keys lie round 12 centres at a distance of `spread`."""
     generator = torch.Generator().manual_seed(seed)
-    centres = 2 * torch.randn(HEADS, 12, DIM, generator=generator)
+    centres = 2 * torch.randn(HEADS, 12, DIM, generator=generator, dtype=torch.float32)
     which = torch.randint(12, (tokens,), generator=generator)
-    keys = centres[:, which] + spread * torch.randn(HEADS, tokens, DIM, generator=generator)
-    values = torch.randn(HEADS, tokens, DIM, generator=generator)
-    queries = torch.randn(HEADS * GROUPS, tokens, DIM, generator=generator)
+    keys = centres[:, which] + spread * torch.randn(HEADS, tokens, DIM, generator=generator, dtype=torch.float32)
+    values = torch.randn(HEADS, tokens, DIM, generator=generator, dtype=torch.float32)
+    queries = torch.randn(HEADS * GROUPS, tokens, DIM, generator=generator, dtype=torch.float32)
     return keys[None], values[None], queries[None]
 
 
@@ -63,7 +63,7 @@ def _run(layer: ADMSLayer, keys: torch.Tensor, values: torch.Tensor, queries: to
         asked = queries[:, :, start:stop]
         bias = layer.attention_bias(INTERVAL, GROUPS, torch.float32)
         output = _attention(asked, held_k, held_v, bias)
-        hidden = torch.full((INTERVAL, stop), -torch.inf).triu(start + 1)
+        hidden = keys.new_full((INTERVAL, stop), -torch.inf).triu(start + 1)
         truth = _attention(asked, keys[:, :, :stop], values[:, :, :stop], hidden)
         errors.append((output - truth).square().sum() / truth.square().sum())
         layer.observe(asked, DIM**-0.5)
@@ -136,15 +136,15 @@ def replay_lowers_the_error(seeds: int) -> list[Case]:
         keys, values, queries = states(seed, alike=False)
         _run(layer, keys, values, queries)
         asked = Queries(queries[:, :, -INTERVAL:].unflatten(1, (HEADS, GROUPS)), DIM**-0.5)
-        truth = attention_output(asked, WeightedTokens.new(keys, values, torch.arange(320.0)[None, None]))
+        truth = attention_output(asked, WeightedTokens.new(keys, values, torch.arange(320)[None, None]))
         before = attention_output(asked, layer.held)
         middle = layer.buffer.slice(SINKS, SINKS + layer.width)
-        count = replay_count(torch.zeros(1, HEADS), 0.88, 8)
+        count = replay_count(torch.zeros(1, HEADS, dtype=torch.float32), 0.88, 8)
         rest, back = replay(middle, layer.originals, count, 8)
         ends = layer.held.slice(0, SINKS), layer.held.slice(SINKS + layer.width, layer.length)
         after = attention_output(asked, concatenate([ends[0], rest, back, ends[1]]))
         errors.append([float((output - truth).square().sum() / truth.square().sum()) for output in (before, after)])
-    lost = torch.tensor(errors).mean(0).tolist()
+    lost = torch.tensor(errors, dtype=torch.float32).mean(0).tolist()
 
     def triggers(alike: bool) -> float:
         layer = _layer(**on, energy_replay_threshold=0.88)
@@ -165,7 +165,7 @@ def calibration_follows_the_drift() -> list[Case]:
     true = 1.05 * count + 7
     cache._update_calibration_anchors(0, 0, true[-512:])
     synthetic = count[1024:3800:40].float()
-    placed = cache._calibrate_synthetic_positions(0, 0, synthetic, torch.zeros(len(synthetic), 1))
+    placed = cache._calibrate_synthetic_positions(0, 0, synthetic, torch.zeros(len(synthetic), 1, dtype=torch.float32))
     wanted = true[1024:3800:40]
     before, after = ((positions - wanted).abs().mean() for positions in (synthetic, placed))
     return [
@@ -177,9 +177,9 @@ def calibration_follows_the_drift() -> list[Case]:
 
 def budgets_go_where_they_are_needed() -> list[Case]:
     """Budgets of two layers of which one loses ten times as much at every compaction, and their sum."""
-    lost = torch.tensor([[0.1, 0.01]])
+    lost = torch.tensor([[0.1, 0.01]], dtype=torch.float32)
     budgets = layer_budgets(lost, 100)[0].tolist()
-    equal = share_budget(torch.ones(2), 100, 1, 200).tolist()
+    equal = share_budget(torch.ones(2, dtype=torch.float32), 100, 1, 200).tolist()
     return [
         Case("controller", "budget of a layer that loses ten times as much as the other (equal: 100)", equal[0], budgets[0]),
         Case("controller", "budgets of both together", sum(equal), sum(budgets)),
