@@ -25,6 +25,7 @@ from .positions import PositionWindow
 from .replay import ReplayMixin
 from .rope import Rope
 from .rows import PaddedLayer
+from .seen import SeenMixin, SeenTokens, ids_of
 from .session import SessionMixin
 from .stats import StatsMixin
 
@@ -46,8 +47,22 @@ def _layer(config: ADMSConfig, wired: bool) -> ADMSLayer:
     return ADMSLayer(config, wired)
 
 
+def _held_by_sliding(layer: DynamicSlidingWindowLayer) -> int:
+    """How many of the last tokens transformers' layer can take back, so that it still has its window."""
+    held = layer.keys.shape[2] if layer.is_initialized else 0
+    return held if held == layer.get_seq_length() else max(0, held - layer.sliding_window + 1)
+
+
 class ADMSKVCache(
-    DualFidelityMixin, ReplayMixin, CalibrationMixin, ControllerMixin, ByHandMixin, StatsMixin, SessionMixin, Cache
+    DualFidelityMixin,
+    ReplayMixin,
+    CalibrationMixin,
+    ControllerMixin,
+    ByHandMixin,
+    StatsMixin,
+    SessionMixin,
+    SeenMixin,
+    Cache,
 ):
     """A `transformers.Cache` that keeps a bounded, weighted set of tokens per (layer, KV head).
 
@@ -106,6 +121,9 @@ class ADMSKVCache(
         # Which columns of the masks were padding; see `padding.py`.
         self.padding: list[Stretches] = []
         self._length_override: int | None = None
+        self.seen_tokens = SeenTokens()
+        self._coming: torch.Tensor | None = None
+        self._told_rewound = False
         self._told_unwired = False
         # Set during a forward pass of a model whose attention is reached through the keys only (attention.AttendedKeys.of).
         self.keys_as: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -207,14 +225,21 @@ class ADMSKVCache(
         self._hand_counts = {}
         self._variances = {}
         self.broken = None
-        self._arrival = self._before = self._room = None
+        self._arrival = self._before = self._room = self._coming = None
         self._length_override = None
+        self.seen_tokens = SeenTokens()
 
     # -- around a forward pass (called by the hooks enable_adms_llm registers) --------------------------------------------
 
     @unrecorded()
     def begin_forward(
-        self, positions: torch.Tensor | None, attention_mask: torch.Tensor | None, new: int, batch: int, device: torch.device
+        self,
+        positions: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        new: int,
+        batch: int,
+        device: torch.device,
+        tokens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Take note of what is coming, make room for it, and move the window of positions on where it is due.
 
@@ -223,6 +248,7 @@ class ADMSKVCache(
             attention_mask: 2-D, 1 for real tokens, a column for each token seen and new, or for each new one only; or None.
                 What it changes of tokens seen holds from now on.
             new: number of new tokens; batch: rows; device: where they are.
+            tokens: their ids `[batch, new]`, or embeddings; None where they are not known.
 
         Returns:
             `(positions, attention_mask)` for the model to use instead.
@@ -282,6 +308,7 @@ class ADMSKVCache(
         if real is not None:
             # Of one token a row the counts have told.
             self.padding = with_columns(self.padding, seen, torch.tensor(counts)[:, None] if new == 1 else real.cpu())
+        self._coming = None if tokens is None else ids_of(tokens)
         return arrival.positions, attention_mask
 
     def _whole_mask(self, mask: torch.Tensor, seen: int, new: int, batch: int) -> tuple[torch.Tensor | None, bool]:
@@ -463,13 +490,15 @@ class ADMSKVCache(
                 layer.settle()
             elif layer.is_initialized:
                 layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
-        self._arrival = self._before = self._room = None
+        if self._coming is not None:
+            self.seen_tokens.append(self._coming, self.get_seq_length())
+        self._arrival = self._before = self._room = self._coming = None
 
     @unrecorded()
     def abort_forward(self) -> None:
         """The forward pass failed: take back what it appended, or mark the cache as unusable where that is impossible."""
         before, room = self._before or [], self._room
-        self._arrival = self._before = self._room = None
+        self._arrival = self._before = self._room = self._coming = None
         self.window.following = self._followed
         if before:
             self._forget_columns(before[0][0])
@@ -507,7 +536,7 @@ class ADMSKVCache(
             if isinstance(layer, ADMSLayer):
                 if layer.is_initialized:
                     layer.check_crop(gone)
-            elif gone and layer.get_seq_length() >= layer.sliding_window and not getattr(layer, "record_past", False):
+            elif gone > _held_by_sliding(layer):
                 raise ValueError(
                     f"crop({tokens_to_remove}) needs tokens that a layer with a sliding window has dropped; call "
                     "cache.activate_past_recording() before the pass that is to be taken back"
@@ -518,10 +547,22 @@ class ADMSKVCache(
                 layer.crop(-gone)
         self.window.remove(gone)
         self._forget_columns(self.get_seq_length())
+        self.seen_tokens.remove(gone)
 
     def _forget_columns(self, seen: int) -> None:
         if self.padding:
             self.padding = with_columns(self.padding, seen, torch.ones(len(self.padding), 0))
+
+    @property
+    def held_one_by_one(self) -> int:
+        """How many of the last tokens `crop` can take back."""
+        counts = [self.get_seq_length()]
+        for layer in self.layers:
+            if isinstance(layer, ADMSLayer):
+                counts += [layer.loose] if layer.is_initialized else []
+            else:
+                counts.append(_held_by_sliding(layer))
+        return min(counts)
 
     def activate_past_recording(self) -> None:
         """Passes count only with the next `crop` or pass from now on; see `ADMSLayer.activate_past_recording`."""
@@ -533,26 +574,29 @@ class ADMSKVCache(
         """Row `i` of every layer becomes what row `beam_idx[i]` was."""
         self._take_back_unfinished()
         super().reorder_cache(beam_idx)
-        self._pick_rows(lambda rows: rows[beam_idx.cpu()])
+        self._pick_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times, one after the other."""
         self._take_back_unfinished()
+        rows = self.batch_size
         super().batch_repeat_interleave(repeats)
-        self._pick_rows(lambda rows: rows.repeat_interleave(repeats))
+        if rows > 0:
+            self._pick_rows(torch.arange(rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Only the rows `indices`."""
         self._take_back_unfinished()
         super().batch_select_indices(indices)
-        self._pick_rows(lambda rows: rows[indices.cpu() if isinstance(indices, torch.Tensor) else indices])
+        self._pick_rows(indices)
 
-    def _pick_rows(self, chosen) -> None:
-        rows = max(len(self.window.offsets), len(self.window.following or ()))
+    def _pick_rows(self, indices: Any) -> None:
+        rows = max(len(self.window.offsets), len(self.window.following or ()), len(self.padding))
         if rows > 1:
-            self.window.pick(chosen(torch.arange(rows)).tolist())
-        if self.padding:
-            self.padding = [self.padding[row] for row in chosen(torch.arange(len(self.padding))).tolist()]
+            order = torch.arange(rows)[indices.cpu() if isinstance(indices, torch.Tensor) else indices].tolist()
+            self.window.pick(order)
+            self.padding = [self.padding[row] for row in order] if self.padding else []
+        self.seen_tokens.pick(indices)
 
     # -- plain lists -----------------------------------------------------------------------------------------------------
 

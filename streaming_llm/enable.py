@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -282,8 +283,10 @@ def _wire_head(model: PreTrainedModel) -> None:
     handles.append(model.register_forward_pre_hook(_before_logits, with_kwargs=True))
     if not isinstance(model, GenerationMixin):
         return
-    for name, replacement in (("prepare_inputs_for_generation", _prepare_inputs), ("generate", _generate)):
-        if name not in model.__dict__:
+    own = {"prepare_inputs_for_generation": _prepare_inputs, "generate": _generate}
+    own |= {name: functools.partial(_begin_generation, name) for name in ("_prefill", "_get_candidate_generator")}
+    for name, replacement in own.items():
+        if name not in model.__dict__ and hasattr(model, name):
             method = functools.partial(replacement, model)
             # generate reads there what it may pass.
             method.__signature__ = inspect.signature(getattr(model, name))
@@ -319,6 +322,9 @@ def _prepare_inputs(model: PreTrainedModel, input_ids: torch.Tensor, *args, **kw
     if places is not None:
         # After such a prefill it is one too far, and sliding windows with it (transformers 5.2).
         kwargs["cache_position"] = places - places[:1] + seen
+        if kwargs.get("inputs_embeds") is None and length > len(places):
+            # Where rows were padded anew the text has other columns than the cache.
+            input_ids = input_ids[:, -len(places) :]
     if kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length", 0) is None and 0 < seen < length:
         # Assisted generation gives the whole text again to a cache that has seen most of it (transformers 5.23).
         if positions is not None and positions.shape[-1] == length and not positions[..., 0].any():
@@ -326,6 +332,47 @@ def _prepare_inputs(model: PreTrainedModel, input_ids: torch.Tensor, *args, **kw
     if model.config.model_type in _CACHE_DROPPED:
         own = GenerationMixin.prepare_inputs_for_generation
     return own(model, input_ids, *args, **kwargs)
+
+
+def _begin_generation(name: str, model: PreTrainedModel, *args, **kwargs) -> Any:
+    """The model's own method `name`, in which `generate` begins; before, an `ADMSKVCache` goes back to where the text parts
+    from the tokens it has seen."""
+    own = getattr(type(model), name)
+    given = inspect.signature(own).bind(model, *args, **kwargs).arguments
+    model_kwargs, settings, ids = given["model_kwargs"], given["generation_config"], given["input_ids"]
+    cache = _given_cache(model_kwargs)
+    seen = 0 if cache is None else cache.get_seq_length()
+    if not seen:
+        return own(**given)
+    embeddings, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
+    if embeddings is not None:
+        if embeddings.shape[1] <= seen:
+            raise ValueError(
+                f"inputs_embeds of {embeddings.shape[1]} tokens bring nothing new: this cache holds a conversation of "
+                f"{seen}. Call cache.reset(), make a new cache, or take copy.deepcopy(cache) before a turn"
+            )
+    elif ids.shape[1] == (getattr(settings, "_mask_length", ids.shape[1]) if mask is None else mask.shape[1]):
+        rest, known = cache.rewind_to(ids, mask)
+        seen = cache.get_seq_length()
+        if known is not mask:
+            if name != "_prefill":
+                raise ValueError("assisted generation can't go on from a text that is padded otherwise than the one before")
+            # From here on generate counts columns as the cache does.
+            given["input_ids"] = torch.cat([rest.new_zeros(len(rest), seen), rest], dim=1)
+            model_kwargs["attention_mask"] = known
+            if model_kwargs.get("position_ids") is not None:
+                model_kwargs["position_ids"] = (known.long().cumsum(-1) - 1).clamp_min(0)
+        model_kwargs.pop("cache_position", None)
+    if (
+        name == "_prefill"
+        and seen
+        and settings.prefill_chunk_size
+        and "is_first_iteration" not in inspect.signature(own).parameters
+    ):
+        # There chunks begin with the text, whatever was seen (transformers 5.2): what is new is read at once.
+        given["generation_config"] = copy.copy(settings)
+        given["generation_config"].prefill_chunk_size = None
+    return own(**given)
 
 
 def _given_cache(given: dict[str, Any]) -> ADMSKVCache | None:
@@ -357,18 +404,22 @@ def _before_forward(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple
             "use_cache=False contradicts past_key_values: generate would read the whole text anew at every step"
         )
     if tokens.shape[1] == 0:
+        seen = cache.get_seq_length()
         raise ValueError(
-            f"input_ids bring no new tokens: the cache has seen {cache.get_seq_length()}. generate takes input_ids as the "
-            "whole text so far, or as what is new where attention_mask is as long as the whole (transformers 5.3 or newer)"
+            f"input_ids bring no new tokens: this cache holds a conversation of {seen}. Call cache.reset() or make a new "
+            "cache for another text, take copy.deepcopy(cache) before a turn that may be said again, or let "
+            "cache.rewind_to(input_ids) go back. generate takes input_ids as the whole text so far, or as what is new where "
+            "attention_mask is as long as the whole (transformers 5.3 or newer)"
         )
     if getattr(module, "_is_replica", False):
         raise ValueError("DataParallel has several threads fill one cache: use the model it holds (.module) instead")
     _check_attention(module.config)
+    cache.seen_tokens.check_reader(module)
     cache.keys_as = AttendedKeys.of if module.config.model_type in SDPA_ITSELF else None
     if cache.changing_frequencies:
         restore_frequencies(module)
     positions, mask = cache.begin_forward(
-        given.get("position_ids"), given.get("attention_mask"), tokens.shape[1], tokens.shape[0], tokens.device
+        given.get("position_ids"), given.get("attention_mask"), tokens.shape[1], tokens.shape[0], tokens.device, tokens
     )
     named = _named(module, given)
     if positions is given.get("position_ids") and mask is given.get("attention_mask") and named is given:

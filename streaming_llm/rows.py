@@ -546,6 +546,11 @@ class PaddedLayer(ADMSLayer):
         for cohort in self.cohorts:
             cohort.part.check_crop(gone)
 
+    @property
+    def loose(self) -> int:
+        """See `ADMSLayer.loose`; of the batch, and since its last padding."""
+        return min(self.tail, *(cohort.part.loose for cohort in self.cohorts))
+
     def _remove(self, gone: int) -> None:
         waiting = 0 if self._waiting is None else self._waiting.shape[3]
         self.tail -= gone

@@ -24,6 +24,7 @@ from .group import STORED, LayerGroup
 from .layer import ADMSLayer
 from .model_facts import describe_model, differences, layer_devices, model_differences
 from .rows import Cohort, PaddedLayer
+from .seen import SeenTokens
 from .state import HeadState
 from .tokens import WeightedTokens
 
@@ -44,7 +45,7 @@ class SessionMixin:
     """`save` and `load` of the cache."""
 
     # Names of what a cache holds beside its layers that is saved with it, and of what is not.
-    KEPT = ("padding", "_length_override", "_hand_counts", "_variances")
+    KEPT = ("padding", "_length_override", "_hand_counts", "_variances", "seen_tokens")
     TRANSIENT = (
         "config",
         "wired",
@@ -59,6 +60,8 @@ class SessionMixin:
         "_followed",
         "_before",
         "_room",
+        "_coming",
+        "_told_rewound",
         "_told_unwired",
         "_profile",
     )
@@ -168,7 +171,7 @@ def _whole_groups(cache: ADMSKVCache) -> list[LayerGroup]:
 
 def _kinds() -> dict[str, type]:
     """Dataclasses of tensors by name."""
-    return {kind.__name__: kind for kind in (WeightedTokens, *HeadState.__subclasses__())}
+    return {kind.__name__: kind for kind in (WeightedTokens, SeenTokens, *HeadState.__subclasses__())}
 
 
 def _encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:

@@ -118,7 +118,9 @@ def values_of(thing) -> list:
         return [value for item in thing for value in values_of(item)]
     if isinstance(thing, dict):
         return [value for key, item in thing.items() for value in [key, *values_of(item)]]
-    return values_of(vars(thing)) if dataclasses.is_dataclass(thing) else [thing]
+    if dataclasses.is_dataclass(thing):
+        return values_of({item.name: getattr(thing, item.name) for item in dataclasses.fields(thing)})
+    return [thing]
 
 
 def state_of(cache) -> list:
