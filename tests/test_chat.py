@@ -625,16 +625,22 @@ def test_a_real_interrupt_stops_the_answer_and_not_the_chat(arguments, endless_f
 
 
 @needs_sessions
-def test_a_saved_conversation_goes_on_in_a_new_process_with_the_same_answer(run_script, arguments, tmp_path, capsys):
+# That a file is enough in another process tests/test_session.py shows quickly.
+@pytest.mark.parametrize("where", ["here", pytest.param("in a new process", marks=pytest.mark.slow)])
+def test_a_saved_conversation_goes_on_with_the_same_answer(run_script, arguments, tmp_path, capsys, where):
     options = ["--temperature", "1", "--seed", "4"]
     path = tmp_path / "a conversation.session"
     say = "This is a turn of some length, and then there is more."
     assert run_script(say, say, f"/save {path}", "And?", options=options) == 0
     answer = capsys.readouterr().out.partition("> And?\n")[2]
-    (tmp_path / "next.txt").write_text(f"/load {path}\nAnd?\n", encoding="utf-8")
-    process = start([*arguments, *options, "--script", str(tmp_path / "next.txt")])
-    output = process.communicate(timeout=300)[0].decode()
-    assert process.returncode == 0
+    if where == "here":
+        assert run_script(f"/load {path}", "And?", options=options) == 0
+        output = capsys.readouterr().out
+    else:
+        (tmp_path / "next.txt").write_text(f"/load {path}\nAnd?\n", encoding="utf-8")
+        process = start([*arguments, *options, "--script", str(tmp_path / "next.txt")])
+        output = process.communicate(timeout=300)[0].decode()
+        assert process.returncode == 0
     assert len(answer.strip()) > 8
     assert output.partition("> And?\n")[2] == answer
 

@@ -109,12 +109,12 @@ def padded(tokens: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
 UNLIKE = ("falcon", "gemma2", "gpt2", "llama")
 
 
-def cells(modes):
+def cells(modes, always=UNLIKE):
     """`(mode, family)` of the whole table, those that are not quick marked as slow."""
-    others = [name for name in FAMILIES if name not in UNLIKE]
+    others = [name for name in FAMILIES if name not in always]
     for number, mode in enumerate(modes):
         for name in FAMILIES:
-            quick = name in (*UNLIKE, others[number % len(others)])
+            quick = name in (*always, others[number % len(others)])
             yield pytest.param(mode, name, marks=() if quick else pytest.mark.slow)
 
 
@@ -158,8 +158,9 @@ def _prompt_lookup(model, name, new_cache):
 
 
 def _early_exit(model, name, new_cache):
+    cache = new_cache()
     model = copy.deepcopy(model)  # a failure leaves it with fewer layers
-    return flat(say(model, token_ids(20), new_cache(), assistant_early_exit=1))
+    return flat(say(model, token_ids(20), cache, assistant_early_exit=1))
 
 
 def _prefill_in_chunks(model, name, new_cache):
@@ -581,7 +582,7 @@ if OLDEST:
     REFUSED["assisted, past"] = REFUSED["prompt lookup, past"] = REFUSED["assisted"]
 
 
-@pytest.mark.parametrize("mode,name", cells(PAST))
+@pytest.mark.parametrize("mode,name", cells(PAST, ("gemma2", "gpt2", "llama")))
 def test_past_the_bound_generate_does_what_a_loop_by_hand_does(mode, name):
     model = models(name)[1]
     with cell(mode, name):

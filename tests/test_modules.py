@@ -56,8 +56,7 @@ def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 # -- memory --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*MODULES, "all"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name,dtype", [*((name, torch.float32) for name in [*MODULES, "all"]), ("all", torch.bfloat16)])
 def test_the_cache_takes_the_memory_it_said_to_the_byte(name, dtype):
     config = all_on() if name == "all" else ADMSConfig(**PLAIN, **MODULES[name])
     model = MODEL if dtype == torch.float32 else deep_llama().to(dtype)
@@ -71,9 +70,7 @@ def test_the_cache_takes_the_memory_it_said_to_the_byte(name, dtype):
 
 # Tokens seen: before any compaction, before and after the first plan, after several.
 POINTS = (20, 50, 70, 161)
-WHERE = pytest.mark.parametrize(
-    "scope,tokens", [("model", 20), ("layer", 50), ("model", 70), ("layer", 70), ("model", 161), ("layer", 161)]
-)
+WHERE = pytest.mark.parametrize("scope,tokens", [("model", 20), ("layer", 50), ("model", 70), ("layer", 161)])
 
 
 @WHERE

@@ -116,8 +116,7 @@ def test_rows_stay_themselves_whatever_the_settings(lengths, sizes, recent, budg
     )
 
 
-@pytest.mark.parametrize("scope", ["layer", "model"])
-@pytest.mark.parametrize("chunks", [(70, 1), (7,)])
+@pytest.mark.parametrize("scope,chunks", [("layer", (7,)), ("model", (70, 1)), ("model", (7,))])
 def test_a_row_stays_itself_with_all_four_modules(scope, chunks):
     config = ADMSConfig.adm_plus_plus(
         **SMALL, sketch_budget=4, replay_budget=2, energy_replay_threshold=1.0, controller_scope=scope
@@ -216,8 +215,7 @@ def test_rows_of_a_padded_batch_can_be_reordered_repeated_and_selected(after):
         torch.testing.assert_close(torch.cat(got, 1)[place], alone[-30:], rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("at", [40, 41, 75])
-@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("at,layer", [(40, 0), (41, 1), (75, 0), (75, 1)])
 def test_a_failed_pass_of_a_padded_batch_is_taken_back(at, layer):
     rows = [token_ids(100, seed=1)[0], token_ids(70, seed=2)[0]]
     ids, mask, positions = left_padded(rows)
@@ -303,8 +301,9 @@ def test_a_four_dimensional_mask_is_refused_once_tokens_are_compacted():
         MODEL(token_ids(1), attention_mask=torch.zeros(1, 1, 1, 61), past_key_values=cache)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    "dtype,implementation", [(torch.bfloat16, "sdpa"), (torch.float16, "sdpa"), (torch.float16, "eager")]
+)
 def test_half_precision_rows_are_finite(dtype, implementation):
     model = make_tiny_llama().to(dtype)
     model.set_attn_implementation(implementation)

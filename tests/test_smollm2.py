@@ -30,7 +30,7 @@ def encode(tokenizer, texts: list[str], more: int = 0) -> dict[str, torch.Tensor
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def say(model, inputs: dict[str, torch.Tensor], cache, new: int = 12, **options) -> list[list[int]]:
+def say(model, inputs: dict[str, torch.Tensor], cache, new: int = 10, **options) -> list[list[int]]:
     said = model.generate(
         **inputs, past_key_values=cache, max_new_tokens=new, min_new_tokens=new, do_sample=False, **options
     )
@@ -68,10 +68,10 @@ def test_generation_goes_on_from_a_cache(smol, expected):
     model, tokenizer = smol
     inputs = encode(tokenizer, PROMPTS)
     cache = enable_adms_llm(model)
-    first = torch.tensor(say(model, inputs, cache, 6))
+    first = torch.tensor(say(model, inputs, cache, 5))
     further = {"input_ids": torch.cat([inputs["input_ids"], first], 1),
                "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(first)], 1)}  # fmt: skip
-    second = torch.tensor(say(model, further, cache, 6))
+    second = torch.tensor(say(model, further, cache, 5))
     assert torch.cat([first, second], 1).tolist() == expected
 
 
