@@ -215,8 +215,7 @@ def _follow(
     if config.replay_budget:
         made_k, made_v = gather_tokens(middle.keys, parent), gather_tokens(middle.values, parent)
         energy = spectral_energy(made_k, made_v, new.keys, new.values, picked)
-    # What merged into the precision tier is kept for replay only: sketches' originals come first.
-    new.score = torch.where(to_sketch.gather(2, index), new.score, new.score * 1e-6)
     newest = REPLAY_BANK * config.replay_budget
-    originals.store(new, share.clamp(0.0, 1.0), parent, layer.rounds * 1_000_000, newest)
+    order = layer.rounds * 1_000_000
+    originals.store(new, share.clamp(0.0, 1.0), parent, order, newest, middle.tier == SKETCH)
     return energy

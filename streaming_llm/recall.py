@@ -18,6 +18,8 @@ from .tokens import CHANGED, SKETCH, UNUSED, WeightedTokens, as_held, gather_tok
 _TINY = 1e-12
 # Below this share of what it was a remainder's value is not found by subtraction, which would magnify every inaccuracy.
 _LEAST_REST = 0.5
+# What a score counts for when originals are ranked, where the stand-in is no sketch and only replay can bring them back.
+_FOR_REPLAY_ONLY = 1e-6
 
 
 @dataclass
@@ -110,16 +112,25 @@ class Originals(HeadState):
         self.share.mul_(factor.clamp_max(1.0))
         self.parent.copy_(new)
 
-    def store(self, tokens: WeightedTokens, share: torch.Tensor, parent: torch.Tensor, order: int, newest: int) -> None:
+    def store(
+        self,
+        tokens: WeightedTokens,
+        share: torch.Tensor,
+        parent: torch.Tensor,
+        order: int,
+        newest: int,
+        sketches: torch.Tensor | None = None,
+    ) -> None:
         """Keep the valid `tokens` (originals), in place; where there is no room the least worth keeping goes.
 
-        Worth keeping are the `newest` last to arrive, whatever they scored, then those of highest score.
+        Worth keeping are the `newest` last to arrive, whatever they scored, then those of highest score, sketches' first.
 
         Args:
             tokens: candidates `[batch, kv_heads, n, ...]`, oldest first.
             share, parent: as the attributes, `[batch, kv_heads, n]`.
             order: number of the first to arrive.
             newest: how many are kept for being the last to arrive.
+            sketches: which slots of the middle hold a sketch, bool `[batch, kv_heads, middle]`; None where that is all one.
         """
         count = min(tokens.length, self.slots)
         if count == 0:
@@ -127,6 +138,10 @@ class Originals(HeadState):
         arrival = torch.arange(order, order + tokens.length, device=share.device)
         arrival = torch.where(tokens.valid, arrival, -1)
         score = torch.cat([self.score, tokens.score], 2)
+        if sketches is not None:
+            # For the ranking alone: what comes back brings the score it was stored with.
+            stand_in = torch.cat([self.parent, parent], 2).clamp(max=sketches.shape[-1] - 1)
+            score = torch.where(sketches.gather(2, stand_in), score, score * _FOR_REPLAY_ONLY)
         if newest:
             both = torch.cat([self.order, arrival], 2)
             last = both.topk(min(newest, both.shape[-1]), dim=2).values[..., -1:]

@@ -455,3 +455,35 @@ def test_a_prefill_longer_than_the_buffer_becomes_sketches_and_goes_on():
     for start in range(300, 340):
         stream(model, ids[:, start : start + 1], recorded.cache, 1)
         recorded.check(start + 1)
+
+
+@pytest.mark.parametrize("mode", ["replay", "both"])
+def test_a_token_that_comes_back_has_the_score_it_left_with(mode):
+    # Nothing is forgotten, so a token's score only rises while it is held; away it stays what it was.
+    model, ids = make_tiny_llama(), token_ids(200, 2)
+    cache = enable_adms_llm(model, **SMALL, **MODES[mode], score_decay=1.0)
+    highest = torch.zeros(len(cache.layers), 2, 2, 200)
+    returned = stored = 0
+    for start in range(0, 200, 4):
+        stream(model, ids[:, start : start + 4], cache, 4)
+        for layer, least in zip(cache.layers, highest, strict=True):
+            held, bank = layer.held, layer.originals
+            for own, tokens in ((is_original(held), held), (bank.valid, bank)):
+                before = least.gather(2, tokens.pos.long())
+                assert (tokens.score >= before)[own].all()
+                least.scatter_reduce_(2, tokens.pos.long(), tokens.score * own, "amax")
+            returned += int(((held.tier == REPLAY) & (held.score > 0)).sum())
+            stored += int((bank.valid & (bank.score > 0)).sum())
+    assert returned > 20 and stored > 20 and (mode == "replay" or cache.stats["total_sketch_promotions"])
+
+
+def test_when_there_is_no_room_sketches_originals_stay_and_scores_are_only_compared():
+    like = torch.zeros(1, 1, 0, 1)
+    store, sketches = Originals.empty(like, like, 3), torch.tensor([[[False, True]]])
+    for order, scores, parents in ((0, [0.9, 0.1], [0, 1]), (10, [0.8, 0.2], [0, 1])):
+        tokens = WeightedTokens.new(*random_states(2, 1, 1, 1), torch.arange(order, order + 2)[None, None])
+        tokens.score = torch.tensor([[scores]])
+        store.store(tokens, tokens.score, torch.tensor([[parents]]), order, 0, sketches)
+    assert sorted(zip(store.pos[0, 0].tolist(), store.score[0, 0].tolist(), strict=True)) == [
+        (0, pytest.approx(0.9)), (1, pytest.approx(0.1)), (11, pytest.approx(0.2)),
+    ]  # fmt: skip
