@@ -103,7 +103,7 @@ class ADMSKVCache(
         for layer, rope in zip(layers, ropes or (), strict=False):
             layer.rope = rope
         super().__init__(layers=layers)
-        self.config = config
+        self._config = config
         self.wired = wired
         self.layers_at_once = layers_at_once
         self.ranks = ranks
@@ -597,6 +597,18 @@ class ADMSKVCache(
             self.window.pick(order)
             self.padding = [self.padding[row] for row in order] if self.padding else []
         self.seen_tokens.pick(indices)
+
+    @property
+    def config(self) -> ADMSConfig:
+        """The settings the cache was made with."""
+        return self._config
+
+    @config.setter
+    def config(self, config: ADMSConfig) -> None:
+        raise AttributeError(
+            "cache.config can't be replaced: buffers have their size. Make a new cache with the other settings: "
+            "enable_adms_llm(model, config)"
+        )
 
     # -- plain lists -----------------------------------------------------------------------------------------------------
 

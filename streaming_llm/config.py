@@ -82,9 +82,9 @@ def _by_name(cls: type) -> type:
 
 
 @_by_name
-@dataclass
+@dataclass(frozen=True)
 class ADMSConfig:
-    """Settings of an `ADMSKVCache`. All counts are tokens per (layer, KV head).
+    """Settings of an `ADMSKVCache`, fixed once made. All counts are tokens per (layer, KV head).
 
     A wrong value raises `ValueError` naming the setting, the value and what is allowed; a wrong type raises `TypeError`.
     What each setting means is in its field's metadata (`ADMSConfig.describe()` prints the table).
@@ -172,7 +172,7 @@ class ADMSConfig:
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
-            setattr(self, item.name, self._checked(item, getattr(self, item.name)))
+            object.__setattr__(self, item.name, self._checked(item, getattr(self, item.name)))
         self._check_combinations()
 
     @staticmethod
@@ -487,6 +487,21 @@ class ADMSConfig:
         if not isinstance(settings, dict):
             raise ValueError(f"source={os.fspath(source)!r} must hold a JSON object of settings")
         return cls.from_dict(settings)
+
+
+def _refuse_assignment(config: ADMSConfig, name: str, *value: Any) -> None:
+    """Stands in for what a frozen dataclass has, whose message names no way out."""
+    ADMSConfig.check_names({name: value})
+    if not value:
+        raise dataclasses.FrozenInstanceError(f"{name} can't be deleted: settings are fixed once a config is made")
+    given = f"{name}={value[0]!r}"
+    raise dataclasses.FrozenInstanceError(
+        f"{given} can't be set: settings are fixed once a config is made, and buffers have their size. Make another config, "
+        f"dataclasses.replace(config, {given}), and a new cache: enable_adms_llm(model, config)"
+    )
+
+
+ADMSConfig.__setattr__ = ADMSConfig.__delattr__ = _refuse_assignment
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class SessionMixin:
     # Names of what a cache holds beside its layers that is saved with it, and of what is not.
     KEPT = ("padding", "_length_override", "_hand_counts", "_variances", "seen_tokens")
     TRANSIENT = (
-        "config",
+        "_config",
         "wired",
         "layers_at_once",
         "broken",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -473,3 +475,26 @@ def test_a_message_about_a_wrong_config_stays_short_whatever_it_was():
         with pytest.raises(TypeError, match="must be an ADMSConfig, not") as error:
             ADMSKVCache(wrong)
         assert len(str(error.value)) < 400
+
+
+def test_a_setting_is_never_changed_in_place():
+    config = ADMSConfig(compressed_budget=32)
+    cache = ADMSKVCache(config)
+    for name in ("compressed_budget", "enable_dual_fidelity"):
+        with pytest.raises(dataclasses.FrozenInstanceError, match=rf"{name}=64 .*dataclasses.replace\(config, {name}=64\)"):
+            setattr(cache.config, name, 64)
+    with pytest.raises(ValueError, match="did you mean compressed_budget"):
+        cache.config.compresed_budget = 64
+    with pytest.raises(dataclasses.FrozenInstanceError, match=r"compressed_budget can't be deleted"):
+        del config.compressed_budget
+    with pytest.raises(AttributeError, match=r"cache.config can't be replaced.* enable_adms_llm\(model, config\)"):
+        cache.config = ADMSConfig()
+    assert cache.config is config and config == ADMSConfig(compressed_budget=32)
+    assert hash(config) == hash(dataclasses.replace(config)) and dataclasses.replace(config, rank=8).rank == 8
+
+
+def test_a_frozen_config_is_copied_and_pickled_and_takes_what_is_converted():
+    config = ADMSConfig(importance_ratio=1, compressor_type="vq")
+    assert type(config.importance_ratio) is float
+    for twin in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert twin == config and type(twin) is ADMSConfig
