@@ -17,8 +17,8 @@ from .calibration import CalibrationMixin
 from .config import ADMSConfig, layer_windows
 from .controller import ControllerMixin
 from .dual_fidelity import DualFidelityMixin
-from .group import can_plan, group_layers, measured_budgets, plan_budgets
-from .layer import ADMSLayer, Arrival, NonFiniteError
+from .group import can_plan, group_layers, measured_budgets, plan_budgets, whole_groups
+from .layer import ADMSLayer, Arrival, NonFiniteError, rows_at
 from .padding import MaskChange, Stretches, known_figures, mask_change, mask_figures, real_tail, with_columns
 from .parallel import Ranks
 from .positions import PositionWindow
@@ -572,31 +572,35 @@ class ADMSKVCache(
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row `i` of every layer becomes what row `beam_idx[i]` was."""
-        self._take_back_unfinished()
-        super().reorder_cache(beam_idx)
-        self._pick_rows(beam_idx)
+        self._take_rows(rows_at(beam_idx), "reorder_cache", beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times, one after the other."""
-        self._take_back_unfinished()
-        rows = self.batch_size
-        super().batch_repeat_interleave(repeats)
-        if rows > 0:
-            self._pick_rows(torch.arange(rows).repeat_interleave(repeats))
+        self._take_rows(lambda rows: rows.repeat_interleave(repeats), "batch_repeat_interleave", repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Only the rows `indices`."""
-        self._take_back_unfinished()
-        super().batch_select_indices(indices)
-        self._pick_rows(indices)
+        self._take_rows(rows_at(indices), "batch_select_indices", indices)
 
-    def _pick_rows(self, indices: Any) -> None:
+    def _take_rows(self, chosen: Callable[[torch.Tensor], torch.Tensor], name: str, argument: Any) -> None:
+        """Keep the rows that `chosen` gives; layers of a group together, each other one by its method `name`."""
+        self._take_back_unfinished()
+        batch = self.batch_size
+        groups = whole_groups(self._full_layers())
+        for group in groups:
+            group.take_rows(chosen)
+        grouped = {id(layer) for group in groups for layer in group.layers}
+        for layer in self.layers:
+            if id(layer) not in grouped:
+                getattr(layer, name)(argument)
         rows = max(len(self.window.offsets), len(self.window.following or ()), len(self.padding))
         if rows > 1:
-            order = torch.arange(rows)[indices.cpu() if isinstance(indices, torch.Tensor) else indices].tolist()
+            order = chosen(torch.arange(rows)).tolist()
             self.window.pick(order)
             self.padding = [self.padding[row] for row in order] if self.padding else []
-        self.seen_tokens.pick(indices)
+        if batch > 0:
+            # As it was given: on an accelerator it is not asked for now.
+            self.seen_tokens.pick(chosen(torch.arange(batch)) if name == "batch_repeat_interleave" else argument)
 
     @property
     def config(self) -> ADMSConfig:

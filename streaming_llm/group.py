@@ -1,5 +1,7 @@
 """Layers compacted together: their buffers are parts of one, so that one batched call serves them all.
 
+A group has no state of its own: all that is to be known is in the layers, and `LayerGroup.of` makes it anew from them.
+
 On an accelerator a compaction is bound by the number of kernels, not by their size: all layers go at once. On a CPU a few
 at a time, as many as stay in its caches.
 """
@@ -7,19 +9,21 @@ at a time, as many as stay in its caches.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from .controller import layer_budgets
 from .layer import COUNTS, STATES, ADMSLayer
 from .parallel import Ranks
-from .state import HeadState
+from .state import HeadState, map_tensors
 from .tokens import WeightedTokens
 
 CPU_LAYERS = 8
-# What of a layer is part of its group's, what it must have in common with the others to be compacted with them, and what it
-# has from them afterwards.
-STORED = ("buffer", "query_buffer", *STATES)
+# What of a layer is a part of its group's, what it must have in common with the others to be compacted with them, and what
+# it has from them afterwards.
+STORED = ("buffer", "query_buffer", *STATES, "variance_ema", "budgets")
 _SHARED = (
     "length",
     "seen",
@@ -40,8 +44,8 @@ _HANDED_OUT = (*_SHARED, "query_last")
 class LayerGroup:
     """A run of layers of equal shape on one device, and the buffer they share.
 
-    Each layer works on its own part of the buffer; a layer whose shape turns out to differ, or whose rows were rearranged,
-    leaves, and compacts by itself from then on.
+    Each layer works on its own part of the buffer; a layer whose shape turns out to differ, or whose rows were rearranged
+    without the others', leaves, and compacts by itself from then on.
     """
 
     def __init__(self, layers: list[ADMSLayer]):
@@ -50,11 +54,16 @@ class LayerGroup:
         for layer in layers:
             layer.group = self
 
+    def _make_whole(self, layer: ADMSLayer, dtype: torch.dtype, device: torch.device) -> None:
+        self.whole = ADMSLayer(layer.config, layer.wired)
+        self.whole.dtype, self.whole.device, self.whole.rope = dtype, device, layer.rope
+        # What it counts is the first layer's.
+        self.whole.compressor = self.layers[0].compressor
+
     def allocate(self, layer: ADMSLayer, keys: torch.Tensor, values: torch.Tensor) -> WeightedTokens:
         """The part of the buffer that belongs to `layer`, for states shaped like `keys` and `values`."""
         if self.whole is None:
-            self.whole = ADMSLayer(layer.config, layer.wired)
-            self.whole.dtype, self.whole.device, self.whole.rope = keys.dtype, keys.device, layer.rope
+            self._make_whole(layer, keys.dtype, keys.device)
             self.whole.buffer = WeightedTokens.empty(keys, values, layer.slots, copies=len(self.layers))
             for name, state in layer.new_states(keys, values, copies=len(self.layers)).items():
                 setattr(self.whole, name, state)
@@ -117,18 +126,15 @@ class LayerGroup:
         for name in _HANDED_OUT:
             setattr(whole, name, getattr(first, name))
         whole.profile = first.profile
+        whole.variance_ema = self._joined("variance_ema")
         before, buffer = whole.compressions, whole.buffer
         whole.compact(width)
-        if whole.buffer is not buffer:
-            for layer in self.layers:
-                layer.buffer = whole.buffer.map(lambda tensor, layer=layer: self._part(layer, tensor))
+        self._hand_out("variance_ema", "budgets", *(() if whole.buffer is buffer else ("buffer",)))
         for layer in self.layers:
             for name in _HANDED_OUT:
                 setattr(layer, name, getattr(whole, name))
             layer._bias = None
             layer.compressions += (whole.compressions - before) // len(self.layers)
-            if whole.budgets is not None:
-                layer.budgets = self._part(layer, whole.budgets)
         self._hand_out_counts()
 
     def keep_exact(self) -> None:
@@ -136,10 +142,8 @@ class LayerGroup:
         for name in ("buffer", "originals"):
             shared = getattr(self.whole, name)
             if shared is not None:
-                shared = shared.with_exact()
-                setattr(self.whole, name, shared)
-                for layer in self.layers:
-                    setattr(layer, name, shared.map(lambda tensor, layer=layer: self._part(layer, tensor)))
+                setattr(self.whole, name, shared.with_exact())
+        self._hand_out("buffer", "originals")
 
     def newest_are_bad(self) -> list[torch.Tensor]:
         """As `ADMSLayer.newest_are_bad`, asked once where all layers are at the same point."""
@@ -160,23 +164,66 @@ class LayerGroup:
         """A group of layers that hold tokens already, all of the same shape: what each has is copied into one storage."""
         group = cls(layers)
         first = layers[0]
-        group.whole = whole = ADMSLayer(first.config, first.wired)
-        whole.dtype, whole.device, whole.rope = first.dtype, first.device, first.rope
+        group._make_whole(first, first.dtype, first.device)
         for name in STORED:
-            parts = [getattr(layer, name) for layer in layers]
-            if parts[0] is None:
-                continue
-            if isinstance(parts[0], torch.Tensor):
-                setattr(whole, name, torch.cat(parts))
-                for layer in layers:
-                    setattr(layer, name, group._part(layer, getattr(whole, name)))
-                continue
-            kind = type(parts[0])
-            shared = kind(**{key: torch.cat([part.tensors()[key] for part in parts]) for key in parts[0].tensors()})
-            setattr(whole, name, shared)
-            for layer in layers:
-                setattr(layer, name, shared.map(lambda tensor, layer=layer: group._part(layer, tensor)))
+            setattr(group.whole, name, group._joined(name))
+        group._hand_out(*STORED)
+        if first.planned is not None:
+            group.whole.planned = (torch.cat([layer.planned[0] for layer in layers]), first.planned[1])
         return group
+
+    def _joined(self, name: str) -> torch.Tensor | WeightedTokens | HeadState | None:
+        """What the layers have of it, in one storage."""
+        parts = [getattr(layer, name) for layer in self.layers]
+        if any(part is None for part in parts):
+            return None
+        if isinstance(parts[0], torch.Tensor):
+            return torch.cat(parts)
+        return type(parts[0])(**{key: torch.cat([part.tensors()[key] for part in parts]) for key in parts[0].tensors()})
+
+    def _hand_out(self, *names: str) -> None:
+        """Give each layer its parts."""
+        for name in names:
+            for layer in self.layers:
+                if layer.group is self and layer.is_initialized:
+                    self._give(layer, name)
+
+    def _give(self, layer: ADMSLayer, name: str) -> None:
+        setattr(layer, name, map_tensors(getattr(self.whole, name), lambda tensor: self._part(layer, tensor)))
+
+    def holds(self, layer: ADMSLayer, name: str) -> bool:
+        """Whether the layer's attribute of this name is a part of what the group holds."""
+        if name not in STORED or self.whole is None:
+            return False
+        storages: list[set[int]] = [set(), set()]
+        for owner, found in zip((self.whole, layer), storages, strict=True):
+            map_tensors(getattr(owner, name), lambda tensor, found=found: found.add(tensor.untyped_storage().data_ptr()))
+        return bool(storages[1]) and storages[0] == storages[1]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copied or unpickled group gives the layers their parts, which they came without."""
+        vars(self).update(state)
+        for layer in self.layers if self.whole is not None else ():
+            # What a layer has itself comes with it, before or after.
+            for name in set(STORED) - vars(layer).keys():
+                self._give(layer, name)
+
+    def take_rows(self, chosen: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """As `ADMSLayer.take_rows` for all layers, which stay together."""
+        count = self.whole.buffer.keys.shape[0] // len(self.layers)
+        rows = chosen(torch.arange(count, device=self.whole.device))
+        each = torch.arange(len(self.layers), device=rows.device)[:, None] * count
+        index = (each + rows).flatten()
+        self.whole.map_rows(lambda tensor: tensor.index_select(0, index))
+        for layer in self.layers:
+            layer.map_rows(lambda tensor: tensor.index_select(0, rows), leave=STORED)
+        self._hand_out(*STORED)
+
+
+def whole_groups(layers: list[ADMSLayer]) -> list[LayerGroup]:
+    """The groups that hold tokens and that no layer has left; the others' layers compact by themselves."""
+    groups = {id(layer.group): layer.group for layer in layers if layer.group is not None}
+    return [group for group in groups.values() if group.whole and all(layer.group is group for layer in group.layers)]
 
 
 def group_layers(layers: list[ADMSLayer], size: int) -> None:
@@ -226,8 +273,7 @@ def plan_budgets(layers: list[ADMSLayer], budgets: torch.Tensor, size: int) -> N
     if size > 1:
         for members in alike.values():
             for start in range(0, len(members), size):
-                group = LayerGroup.of(members[start : start + size])
-                group.whole.planned = (torch.cat([layer.planned[0] for layer in group.layers]), group.layers[0].planned[1])
+                LayerGroup.of(members[start : start + size])
 
 
 def can_plan(layers: list[ADMSLayer]) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -30,7 +30,7 @@ from .middle import compress_with_originals, place_made_tokens
 from .recall import Originals
 from .replay import ReplayState
 from .rope import Rope
-from .state import HeadState
+from .state import HeadState, in_own_storage, map_tensors
 from .tokens import EXACT, PRECISION, RECENT, SINK, SKETCH, WeightedTokens, concatenate, lighten, top_slots
 
 # Of a prefill's queries before its last window, every fourth is scored: nearly as telling, at a quarter of the cost.
@@ -41,6 +41,8 @@ _MEASURED_FIRST, _MEASURED_EVERY = 8, 4
 PLANNED_FIRST = 2
 # What the modules remember of each head.
 STATES = ("originals", "replay_state", "calibration", "controller")
+# What of a layer is there by row.
+ROWS = ("buffer", "overflow", "query_buffer", "_waiting", *STATES, "variance_ema", "budgets", "planned")
 # What a layer counts, handed from a group to its first layer.
 COUNTS = (
     "kept_exact",
@@ -56,6 +58,11 @@ COUNTS = (
 
 if TYPE_CHECKING:
     from .group import LayerGroup
+
+
+def rows_at(indices: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """For `take_rows`: the rows at `indices`, numbers or marks."""
+    return lambda rows: rows[indices.to(rows.device) if isinstance(indices, torch.Tensor) else indices]
 
 
 class NonFiniteError(ValueError):
@@ -1002,38 +1009,37 @@ class ADMSLayer(CacheLayerMixin):
         """Forget everything, as a new layer."""
         self._forget()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take: what its group holds for it comes with the group, see `LayerGroup.__setstate__`."""
+        own = {name: value for name, value in vars(self).items() if self.group is None or not self.group.holds(self, name)}
+        return {name: map_tensors(value, in_own_storage) for name, value in own.items()} | {"_bias": None}
+
     @unrecorded()
-    def _map_rows(self, function) -> None:
-        if not self.is_initialized:
-            return
-        self.group = None
+    def map_rows(self, function: Callable[[torch.Tensor], torch.Tensor], leave: tuple[str, ...] = ()) -> None:
+        """Replace everything that is there by row, but what `leave` names, by `function` of it."""
+        for name in ROWS:
+            if name not in leave:
+                setattr(self, name, map_tensors(getattr(self, name), function))
         self._bias = None
-        if self.buffer is not None:
-            self.buffer = self.buffer.map(function)
-        if self.overflow is not None:
-            self.overflow = self.overflow.map(function)
-        for name in STATES:
-            state = getattr(self, name)
-            if state is not None:
-                setattr(self, name, state.map(function))
-        if self.planned is not None:
-            self.planned = (function(self.planned[0]), self.planned[1])
-        for name in ("query_buffer", "variance_ema", "budgets", "_waiting"):
-            tensor = getattr(self, name)
-            if tensor is not None:
-                setattr(self, name, function(tensor))
+
+    def take_rows(self, chosen: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Keep the rows that `chosen` gives, in its order, of all their numbers; a member leaves its group."""
+        if self.is_initialized:
+            self.group = None
+            rows = chosen(torch.arange(self.buffer.keys.shape[0], device=self.device))
+            self.map_rows(lambda tensor: tensor.index_select(0, rows))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row `i` becomes what row `beam_idx[i]` was."""
-        self._map_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        self.take_rows(rows_at(beam_idx))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times, one after the other."""
-        self._map_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self.take_rows(lambda rows: rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Only the rows `indices`."""
-        self._map_rows(lambda tensor: tensor[indices.to(tensor.device) if hasattr(indices, "to") else indices])
+        self.take_rows(rows_at(indices))
 
     def offload(self) -> None:
         """Not supported: the cache is bounded, and its memory fits by choosing the budgets."""

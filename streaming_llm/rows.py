@@ -627,7 +627,7 @@ class PaddedLayer(ADMSLayer):
 def _rows_of(part: ADMSLayer, places: list[int]) -> ADMSLayer:
     """A cohort's part for some of its rows only, copied."""
     twin = copy.copy(part)
-    twin._map_rows(lambda tensor: tensor[torch.tensor(places, device=tensor.device)])
+    twin.map_rows(lambda tensor: tensor[torch.tensor(places, device=tensor.device)])
     for name in (*COUNTS, "compressions", "compaction_seconds"):
         setattr(twin, name, 0)
     return twin

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .config import ADMSConfig
-from .group import STORED, LayerGroup
+from .group import LayerGroup, whole_groups
 from .layer import ADMSLayer
 from .model_facts import describe_model, differences, layer_devices, model_differences
 from .rows import Cohort, PaddedLayer
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from .cache import ADMSKVCache
 
-FORMAT, VERSION = "adms-session", "1"
+FORMAT, VERSION = "adms-session", "2"
 
 # Of these only the first slots are in use: what counts them, and the dimension they are in.
 _PARTLY_USED = {"buffer": ("length", 2), "query_buffer": ("query_slots_used", 3)}
@@ -96,7 +96,7 @@ class SessionMixin:
         if self._arrival is not None or any(layer.overflow is not None for layer in self._full_layers()):
             raise RuntimeError("the cache can't be saved in the middle of a forward pass")
         tensors: dict[str, torch.Tensor] = {}
-        groups = _whole_groups(self)
+        numbers = {id(layer): number for number, layer in enumerate(self.layers)}
         session = json.dumps(
             {
                 "model": self.model_facts,
@@ -104,13 +104,7 @@ class SessionMixin:
                 "positions": {"offsets": self.window.offsets, "following": self.window.following},
                 "cache": {name: _encode(getattr(self, name), f"cache.{name}", tensors) for name in self.KEPT},
                 "layers": [_encode_layer(layer, f"layers.{i}", tensors) for i, layer in enumerate(self.layers)],
-                "groups": [
-                    {
-                        "layers": [next(i for i, own in enumerate(self.layers) if own is layer) for layer in group.layers],
-                        "whole": _encode_layer(group.whole, f"groups.{i}", tensors, leave=STORED),
-                    }
-                    for i, group in enumerate(groups)
-                ],
+                "groups": [[numbers[id(layer)] for layer in group.layers] for group in whole_groups(self._full_layers())],
             }
         )
         metadata = {"format": FORMAT, "version": VERSION, "session": session, "checksum": _checksum(session, tensors)}
@@ -158,12 +152,6 @@ def _checked_path(path: str | os.PathLike) -> Path:
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path={path!r} must be a str or a Path")
     return Path(os.path.realpath(path))
-
-
-def _whole_groups(cache: ADMSKVCache) -> list[LayerGroup]:
-    """The groups that no layer has left and that hold tokens. Layers of others compact by themselves."""
-    groups = {id(layer.group): layer.group for layer in cache._full_layers() if layer.group is not None}
-    return [group for group in groups.values() if group.whole and all(layer.group is group for layer in group.layers)]
 
 
 # -- values ----------------------------------------------------------------------------------------------------------------
@@ -217,14 +205,14 @@ def _decode(node: Any, tensors: dict[str, torch.Tensor], device: torch.device) -
 # -- layers ----------------------------------------------------------------------------------------------------------------
 
 
-def _encode_layer(layer: Any, prefix: str, tensors: dict[str, torch.Tensor], leave: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A layer's state without what `leave` names; of buffers only what is in use."""
+def _encode_layer(layer: Any, prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """A layer's state; of buffers only what is in use."""
     if not isinstance(layer, ADMSLayer):
         state = {name: getattr(layer, name, False) for name in _SLIDING}
         if layer.is_initialized:
             state |= {"keys": layer.keys, "values": layer.values}
         return {name: _encode(value, f"{prefix}.{name}", tensors) for name, value in state.items()}
-    state = {name: getattr(layer, name) for name in layer.KEPT if name not in leave}
+    state = {name: getattr(layer, name) for name in layer.KEPT}
     slots, rows = {}, {}
     if isinstance(layer, PaddedLayer):
         # What is free in its buffers differs from row to row.
@@ -297,26 +285,10 @@ def _restore(
         layer = cache.layers[i]
         by_hand = i >= len(devices) or not nodes.get("is_initialized", True)
         _restore_layer(layer, nodes, tensors, cpu if by_hand else devices[i])
-    for entry in saved["groups"]:
-        members = [cache.layers[i] for i in entry["layers"]]
-        state = ADMSLayer(cache.config, cache.wired)
+    for numbers in saved["groups"]:
+        members = [cache.layers[i] for i in numbers]
         if cache.layers_at_once > 1 and len({layer.device for layer in members}) == 1:
-            state = LayerGroup.of(members).whole
-        _restore_layer(state, entry["whole"], tensors, members[0].device)
-        if members[0].group is None:
-            _hand_out(state, members)
-
-
-def _hand_out(whole: ADMSLayer, members: list[ADMSLayer]) -> None:
-    """Give layers that can't be a group here their rows of what only the group knew."""
-    members[0].compressor.fallbacks = whole.compressor.fallbacks
-    for name in whole.KEPT:
-        held = getattr(whole, name)
-        if not isinstance(held, torch.Tensor) or held.dim() == 0:
-            continue
-        for layer, rows in zip(members, held.chunk(len(members)), strict=True):
-            if getattr(layer, name) is None:
-                setattr(layer, name, rows.to(layer.device))
+            LayerGroup.of(members)
 
 
 # -- the file --------------------------------------------------------------------------------------------------------------
