@@ -19,6 +19,7 @@ from .controller import ControllerMixin
 from .dual_fidelity import DualFidelityMixin
 from .group import can_plan, group_layers, measured_budgets, plan_budgets, whole_groups
 from .layer import ADMSLayer, Arrival, NonFiniteError, rows_at
+from .model_facts import UsedModel
 from .padding import MaskChange, Stretches, known_figures, mask_change, mask_figures, real_tail, with_columns
 from .parallel import Ranks
 from .positions import PositionWindow
@@ -112,7 +113,7 @@ class ADMSKVCache(
         self.window = PositionWindow() if window is None else window
         for layer in self._full_layers():
             layer.limit = self.window.limit
-        self.model_facts: dict[str, Any] | None = None
+        self.used_model: UsedModel | None = None
         self.ropes: tuple[tuple[Rope, ...] | None, str | None] = (None, None)
         self._arrival: Arrival | None = None
         self._followed: list[int] | None = None
@@ -228,6 +229,11 @@ class ADMSKVCache(
         self._arrival = self._before = self._room = self._coming = None
         self._length_override = None
         self.seen_tokens = SeenTokens()
+
+    def use_with(self, model: torch.nn.Module) -> None:
+        """Take note of the model the cache is used with; see `save`."""
+        if self.used_model is None or not self.used_model.is_(model):
+            self.used_model = UsedModel(model)
 
     # -- around a forward pass (called by the hooks enable_adms_llm registers) --------------------------------------------
 

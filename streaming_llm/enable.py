@@ -17,7 +17,7 @@ from .attention import BASES, SDPA_ITSELF, AttendedKeys, WiredConfig, register
 from .cache import ADMSKVCache
 from .config import MODULE_BUDGETS, ADMSConfig
 from .group import CPU_LAYERS
-from .model_facts import cache_argument, describe_model
+from .model_facts import cache_argument
 from .parallel import Ranks
 from .positions import PositionWindow
 from .rope import Rope, restore_frequencies, rope_layers
@@ -194,7 +194,7 @@ def make_cache(model: PreTrainedModel, config: ADMSConfig, explicit: bool = Fals
         window=window,
         ranks=ranks,
     )
-    cache.model_facts = describe_model(model)
+    cache.use_with(model)
     cache.ropes = ropes, reason
     return cache
 
@@ -428,9 +428,11 @@ def _before_forward(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple
 
 
 def _before_logits(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """Give the cache the name it has here, and refuse right padding where the logits asked for are those of padding."""
-    if _given_cache(kwargs) is None:
+    """Let the cache know its model, give it the name it has here, and refuse right padding where the logits asked for are those of padding."""
+    cache = _given_cache(kwargs)
+    if cache is None:
         return None
+    cache.use_with(module)
     mask = kwargs.get("attention_mask")
     last_only = type(kwargs.get("logits_to_keep")) is int and kwargs["logits_to_keep"] == 1
     if (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import weakref
 import zlib
 from typing import Any
 
@@ -60,7 +61,7 @@ def describe_model(model: torch.nn.Module) -> dict[str, Any]:
 def _weight_checksums(model: torch.nn.Module) -> dict[str, int | None]:
     sums: dict[str, int | None] = {}
     samples: dict[torch.device, dict[str, torch.Tensor]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in _acting_parameters(model).items():
         sums[name] = None
         if parameter.device.type != "meta" and type(parameter.data) is torch.Tensor:
             flat = parameter.data.reshape(-1)
@@ -73,6 +74,63 @@ def _weight_checksums(model: torch.nn.Module) -> dict[str, int | None]:
         for name, part in zip(parts, whole.split([part.numel() for part in parts.values()]), strict=True):
             sums[name] = zlib.crc32(part.numpy())
     return sums
+
+
+def _acting_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The model's parameters by the names they have without adapters (peft), and those of the adapters that are on.
+
+    What an adapter is called and whether one was ever there does not tell two models apart; what it adds does.
+    """
+    active = {
+        prefix: [] if module.disable_adapters else module.active_adapters
+        for prefix, module in model.named_modules()
+        if isinstance(getattr(module, "active_adapters", None), list)
+    }
+    found = {}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        for at in range(len(parts) - 1, 0, -1) if active else ():
+            adapters = active.get(".".join(parts[:at]))
+            if adapters is None:
+                continue
+            if parts[at] in ("base_layer", "original_module"):
+                del parts[at]
+            elif parts[at + 1] in adapters:
+                parts[at + 1] = str(adapters.index(parts[at + 1]))
+            else:
+                parts = []
+                break
+        if parts:
+            found[".".join(parts)] = parameter
+    return found
+
+
+class UsedModel:
+    """The model a cache is used with, held weakly, so that it can be described as it is when that is asked for.
+
+    A copy is of the same model; a pickle takes the description with it. So is a model that is gone described as it last was.
+    """
+
+    def __init__(self, model: torch.nn.Module | None, facts: dict[str, Any] | None = None):
+        self._model = None if model is None else weakref.ref(model)
+        self._facts = describe_model(model) if facts is None else facts
+
+    def is_(self, model: torch.nn.Module) -> bool:
+        """Whether it is this one."""
+        return self._model is not None and self._model() is model
+
+    def describe(self) -> dict[str, Any]:
+        """What `describe_model` says of it."""
+        model = None if self._model is None else self._model()
+        if model is not None:
+            self._facts = describe_model(model)
+        return self._facts
+
+    def __deepcopy__(self, memo: dict) -> UsedModel:
+        return self
+
+    def __reduce__(self) -> tuple:
+        return UsedModel, (None, self.describe())
 
 
 def model_differences(there: dict[str, Any], here: dict[str, Any]) -> str:

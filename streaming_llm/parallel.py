@@ -21,6 +21,12 @@ class Ranks:
             return None
         return cls(mesh)
 
+    def __reduce__(self) -> tuple:
+        raise TypeError(
+            "the cache of a tensor-parallel model can't be pickled: its processes are of this run. Have each of them call "
+            "cache.save(path) with a path of its own"
+        )
+
     def __deepcopy__(self, memo: dict) -> Ranks:
         return self
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from .config import ADMSConfig
 from .group import LayerGroup, whole_groups
 from .layer import ADMSLayer
-from .model_facts import describe_model, differences, layer_devices, model_differences
+from .model_facts import UsedModel, describe_model, differences, layer_devices, model_differences
 from .rows import Cohort, PaddedLayer
 from .seen import SeenTokens
 from .state import HeadState
@@ -51,7 +51,7 @@ class SessionMixin:
         "wired",
         "layers_at_once",
         "broken",
-        "model_facts",
+        "used_model",
         "window",
         "ropes",
         "ranks",
@@ -66,10 +66,10 @@ class SessionMixin:
         "_profile",
     )
 
-    model_facts: dict[str, Any] | None
+    used_model: UsedModel | None
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the conversation to a file: everything the cache holds, its settings, and what tells its model.
+        """Write the conversation to a file: everything the cache holds, its settings, and what tells its model as it is now.
 
         Written aside in the same folder and put in place at the end: a file that was there stays as it was until then, and
         where saving fails.
@@ -87,7 +87,7 @@ class SessionMixin:
             raise ValueError(f"path={str(path)!r} must be a file, or nothing yet")
         if not target.parent.is_dir():
             raise FileNotFoundError(f"path={str(path)!r}: there is no folder {str(target.parent)!r}")
-        if not self.wired or self.model_facts is None:
+        if not self.wired or self.used_model is None:
             raise ValueError("the cache can't be saved: it knows of no model. Only one that enable_adms_llm made can be")
         if self.broken:
             raise RuntimeError(f"the cache can't be saved: {self.broken}")
@@ -99,7 +99,7 @@ class SessionMixin:
         numbers = {id(layer): number for number, layer in enumerate(self.layers)}
         session = json.dumps(
             {
-                "model": self.model_facts,
+                "model": self.used_model.describe(),
                 "settings": self.config.to_dict(),
                 "positions": {"offsets": self.window.offsets, "following": self.window.following},
                 "cache": {name: _encode(getattr(self, name), f"cache.{name}", tensors) for name in self.KEPT},

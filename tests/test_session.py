@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import gc
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +26,8 @@ from test_rows import left_padded, run_padded
 
 from streaming_llm import ADMSConfig, ADMSKVCache, ADMSLayer, disable_adms_llm, enable_adms_llm
 from streaming_llm.enable import is_enabled
-from streaming_llm.model_facts import describe_model, layer_devices
+from streaming_llm.model_facts import describe_model, layer_devices, model_differences
+from streaming_llm.parallel import Ranks
 from streaming_llm.session import SessionMixin
 
 SMALL = {
@@ -628,3 +631,117 @@ def test_a_stream_past_the_trained_length_goes_on_to_the_bit(tmp_path, dtype):
     assert again.window == cache.window
     more = token_ids(80, seed=4)
     assert torch.equal(stream(model, more, again, 5), stream(model, more, cache, 5))
+
+
+# -- the model as it is when the conversation is saved ----------------------------------------------------------------------
+
+
+def trained(model) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ids = token_ids(12)
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def with_lora(model, name: str = "default"):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(3)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    return peft.get_peft_model(model, config, adapter_name=name)
+
+
+CHANGES = {
+    "another dtype": lambda model: model.to(torch.bfloat16),
+    "a training step": trained,
+    "other weights": lambda model: model.load_state_dict({k: 1.5 * v for k, v in model.state_dict().items()}),
+    "an adapter": with_lora,
+    "an adapter merged": lambda model: with_lora(model).merge_and_unload(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("talked_after", [True, False])
+def test_a_model_changed_since_loads_what_was_saved_with_it(change, talked_after, tmp_path):
+    model = make_tiny_llama()
+    cache, ids = enable_adms_llm(model, **SMALL), token_ids(70)
+    if talked_after:
+        CHANGES[change](model)
+    stream(model, ids[:, :50], cache, 5)
+    if not talked_after:
+        CHANGES[change](model)
+    cache.save(tmp_path / "talk.adms")
+    loaded = ADMSKVCache.load(tmp_path / "talk.adms", model)
+    assert same(state_of(loaded), state_of(cache))
+    if loaded.layers[0].dtype == model.dtype:
+        assert torch.equal(stream(model, ids[:, 50:], loaded, 5), stream(model, ids[:, 50:], cache, 5))
+    with pytest.raises(ValueError, match="was saved from another model"):
+        ADMSKVCache.load(tmp_path / "talk.adms", make_tiny_llama())
+
+
+def test_an_adapter_is_known_by_what_it_adds_and_not_by_its_name():
+    plain = describe_model(make_tiny_llama())
+    first, again, other = make_tiny_llama(), make_tiny_llama(), make_tiny_llama()
+    wrapped = with_lora(first)
+    with_lora(again, "by another name")
+    with_lora(other)
+    other.model.layers[0].self_attn.q_proj.lora_A["default"].weight.data.mul_(2)
+    facts = describe_model(first)
+    assert facts == describe_model(again) and set(plain["weights"]) < set(facts["weights"])
+    assert all(facts["weights"][name] == checksum for name, checksum in plain["weights"].items())
+    assert model_differences(facts, describe_model(other)).startswith("the weights differ, first model.layers.0")
+    assert model_differences(plain, facts)
+    with wrapped.disable_adapter():
+        assert describe_model(first) == plain
+    assert describe_model(wrapped.unload()) == plain
+
+
+def test_the_model_saved_for_is_the_one_that_was_used_last_and_a_lost_one_is_remembered(tmp_path):
+    first, second, ids = make_tiny_llama(), make_tiny_llama(), token_ids(60)
+    second.model.layers[0].mlp.up_proj.weight.data.mul_(2)
+    cache = enable_adms_llm(first, **SMALL)
+    enable_adms_llm(second, **SMALL)
+    stream(second, ids[:, :40], cache, 5)
+    facts = describe_model(second)
+    for kept in (cache, copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        assert kept.used_model.describe() == facts
+    del second
+    gc.collect()
+    cache.save(tmp_path / "talk.adms")
+    same_weights = make_tiny_llama()
+    same_weights.model.layers[0].mlp.up_proj.weight.data.mul_(2)
+    assert ADMSKVCache.load(tmp_path / "talk.adms", same_weights).get_seq_length() == 40
+    with pytest.raises(ValueError, match="the weights differ, first model.layers.0.mlp.up_proj.weight"):
+        ADMSKVCache.load(tmp_path / "talk.adms", first)
+
+
+def test_a_pickled_cache_goes_on_and_is_saved_in_another_process(tmp_path):
+    model, cache, ids = begun("budgets by variance")
+    (tmp_path / "cache.pkl").write_bytes(pickle.dumps(cache))
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}
+    command = [sys.executable, "-c", f"import test_session; test_session.unpickle_in({str(tmp_path)!r})"]
+    ran = subprocess.run(command, env=environment, cwd=here.parent, capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    expected = stream(model, ids[:, :40], cache, 5)
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+    back = ADMSKVCache.load(tmp_path / "talk.adms", model)
+    assert torch.equal(stream(model, ids[:, 40:60], back, 5), stream(model, ids[:, 40:60], cache, 5))
+
+
+def unpickle_in(folder: str) -> None:
+    """What the other process does."""
+    make_model, config, rows, before, _ = CASES["budgets by variance"]
+    model, ids = make_model(), token_ids(before + 120, rows)[:, before:]
+    enable_adms_llm(model, config)
+    cache = pickle.loads(Path(folder, "cache.pkl").read_bytes())
+    torch.save(stream(model, ids[:, :40], cache, 5), f"{folder}/logits.pt")
+    cache.save(f"{folder}/talk.adms")
+
+
+def test_a_cache_of_many_processes_is_not_pickled():
+    cache = enable_adms_llm(llama(), **SMALL)
+    cache.ranks = Ranks.__new__(Ranks)
+    with pytest.raises(TypeError, match="tensor-parallel model can't be pickled.* cache.save"):
+        pickle.dumps(cache)
+    assert copy.deepcopy(cache).ranks is cache.ranks
