@@ -428,7 +428,7 @@ def _before_forward(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple
 
 
 def _before_logits(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """Let the cache know its model, give it the name it has here, and refuse right padding where the logits asked for are those of padding."""
+    """Let the cache know its model and give it the name it has here; refuse right padding where its logits are asked for."""
     cache = _given_cache(kwargs)
     if cache is None:
         return None

@@ -82,7 +82,7 @@ class ModuleHead(PlainHead):
 
     Attributes:
         originals: tokens kept outside the attended set, in no order: `key`, `value`, `pos`, `score`, `share` (of the mass of
-            `parent`, the token that stands for it), `order` (number of its arrival) and `wanted` (what it is kept by).
+            `parent`, the token that stands for it) and `order` (number of its arrival).
         reserved: slots kept free for replay.
         anchors: pairs of a synthetic and a true position, the newest last; offsets: of the last fit.
         energy, mass, measured: the controller's averages, and how many measurements there were.
@@ -446,22 +446,20 @@ class ModuleHead(PlainHead):
         fresh = []
         for number, (token, new) in enumerate(joined):
             original = {name: token[name] for name in ("key", "value", "pos", "score")}
-            original |= {"parent": new, "share": min(token["mass"] / new["mass"], 1.0)}
-            original |= {"order": (self.compactions, number), "wanted": token["score"]}
-            if new["tier"] != "sketch":
-                original["wanted"] *= 1e-6
-                original["score"] *= 1e-6
+            original |= {"parent": new, "share": min(token["mass"] / new["mass"], 1.0), "order": (self.compactions, number)}
             fresh.append(original)
         self.keep_originals(fresh)
         return energy
 
     def keep_originals(self, fresh: list[dict]) -> None:
-        """Where there is no room the last to arrive stay, `4 * replay_budget` of them, then those of highest score."""
+        """Where there is no room the last to arrive stay, `4 * replay_budget` of them, then those of highest score, those
+        that a sketch stands for first."""
         everyone = self.originals + fresh
         newest = sorted(everyone, key=lambda original: original["order"])[-REPLAY_BANK * self.config.replay_budget :]
         newest = newest if self.config.replay_budget else []
-        lift = max((original["wanted"] for original in everyone), default=0.0) + 1
-        ranks = [o["wanted"] + lift * any(o is other for other in newest) for o in everyone]
+        wanted = [o["score"] * (1 if o["parent"]["tier"] == "sketch" else 1e-6) for o in everyone]
+        lift = max(wanted, default=0.0) + 1
+        ranks = [rank + lift * any(o is other for other in newest) for rank, o in zip(wanted, everyone, strict=True)]
         kept = best(ranks, self.config.original_slots, self.margins)
         self.originals = [original for index, original in enumerate(everyone) if index in kept]
 

@@ -126,7 +126,7 @@ PADDED = {"all four": FOUR | CALIBRATION, "vq, layer": VQ | CONTROLLER, "attenti
 @pytest.mark.parametrize("name", PADDED)
 def test_a_row_of_a_padded_batch_is_the_reference_of_the_row_alone(name):
     lengths, new = [3, 20, 50], 24
-    rows = [long_row(seed, length + new) for seed, length in enumerate(lengths)]
+    rows = [long_row(seed, length + new) for seed, length in enumerate(lengths, start=3)]
     cache = enable_adms_llm(MODEL, **SIZES | PADDED[name])
     together = padded_stream(MODEL, rows, [lengths] + [[1] * len(lengths)] * new, cache)
     logits, keys = tolerances(PADDED[name])
@@ -144,7 +144,7 @@ def test_a_row_of_a_padded_batch_is_the_reference_of_the_row_alone(name):
 def test_originals_and_anchors_move_with_the_window_as_the_references_do():
     model, chosen = make_tiny_llama(), SKETCHES | REPLAY | GRID | {"position_policy": "auto"}
     model.config.max_position_embeddings = 60
-    cache, ids = enable_adms_llm(model, **SIZES | chosen), distinct(4, 100)
+    cache, ids = enable_adms_llm(model, **SIZES | chosen), distinct(5, 100)
     got = batched(model, ids, [25, 3], cache)
     own = ModuleCache(model, cache.config, window=60, target=int(60 * positions.TARGET))
     expected, reference = plain.plain_stream(model, ids, cache.config, [25, 3], cache=own)
