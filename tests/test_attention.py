@@ -91,11 +91,11 @@ def test_real_weights_give_logits_and_tokens_equal_to_the_bit(smol, implementati
         ids = tokenizer(text, return_tensors="pt").input_ids
         expected = [stream(model, ids, DynamicCache(config=model.config), chunk) for chunk in (ids.shape[1], 5)]
         mask = torch.ones_like(ids)
-        said = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+        said = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
         for chunk, logits in zip((ids.shape[1], 5), expected, strict=True):
             assert torch.equal(stream(model, ids, enable_adms_llm(model), chunk), logits)
         cache = enable_adms_llm(model)
-        again = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, past_key_values=cache)
+        again = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, past_key_values=cache)
         assert torch.equal(again, said)
     finally:
         disable_adms_llm(model)

@@ -44,8 +44,11 @@ def test_two_processes_with_half_the_heads_each_say_what_one_process_says(tmp_pa
 # -- devices -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [ADMSConfig(**SMALL), PLUS], ids=["base", "adm++"])
-@pytest.mark.parametrize("where", ["cpu", "disk", "both"])
+@pytest.mark.parametrize(
+    "where,config",
+    [("cpu", PLUS), ("disk", ADMSConfig(**SMALL)), ("both", PLUS)],
+    ids=["cpu-adm++", "disk-base", "both-adm++"],
+)
 def test_offloaded_layers_say_what_the_model_says(config, where, tmp_path):
     accelerate = pytest.importorskip("accelerate")
     model, ids = make_tiny_llama(), token_ids(120)
@@ -80,8 +83,11 @@ def test_each_layers_state_lives_with_its_layer(config):
         assert {tensor.device.type for tensor in held} == {kind}
 
 
-@pytest.mark.parametrize("compressor", ["low_rank", "vq", "attention_matching"])
-@pytest.mark.parametrize("config", [ADMSConfig(**SMALL), PLUS], ids=["base", "adm++"])
+@pytest.mark.parametrize(
+    "config,compressor",
+    [(ADMSConfig(**SMALL), "attention_matching"), (PLUS, "low_rank"), (PLUS, "vq")],
+    ids=["base-attention_matching", "adm++-low_rank", "adm++-vq"],
+)
 def test_all_a_layer_makes_is_on_the_device_of_its_keys(config, compressor):
     # The meta device has no numbers, and refuses to mix with any other: what is made elsewhere shows at once.
     config = dataclasses.replace(config, compressor_type=compressor)
