@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 
@@ -13,6 +14,8 @@ from .cache import ADMSKVCache
 from .layer import ADMSLayer
 from .model_facts import cache_argument
 from .tokens import EXACT, PRECISION, RECENT, REPLAY, SINK, SKETCH, TIER_NAMES
+
+logger = logging.getLogger(__name__)
 
 # Stand-ins for what was said, by which the template's own text between two turns is found.
 _USER, _ANSWER, _LAST = "(what the user said)", "(what the model answered)", "(what the user said last)"
@@ -27,7 +30,8 @@ class Chat:
 
     Args:
         model: a causal language model, enabled by `enable_adms_llm`.
-        tokenizer: its tokenizer, with a chat template in which what is rendered of earlier turns stays as it was.
+        tokenizer: its tokenizer, with a chat template. What that renders of the last turn once there is a new one may differ
+            from what was read (it drops thinking): the cache goes back then, where it can, and reads it as rendered.
         cache: the cache of this conversation, for one row; empty, or that of a conversation with the same template.
         system: the system message; None for the template's own.
         max_new_tokens: most tokens of an answer.
@@ -63,6 +67,8 @@ class Chat:
         self._turn_end, end_of_turn = self._learn_template()
         # What must come before anything else: the end of a turn that was cut while the model read it.
         self._owed: list[int] = []
+        # The last turn, where the template renders it otherwise from the next on: see `_rewritten`.
+        self._last: tuple[int, str, str] | None = None
         self._stopped = False
         self.ending = ""
         ends = model.generation_config.eos_token_id
@@ -83,10 +89,14 @@ class Chat:
         cut while the model reads it stays as far as it was read, with no answer; were it the first, it is forgotten.
         """
         self.ending = "stopped"
+        cut, answer = bool(self._owed), None
+        turn = self._turn(text)
         try:
-            logits = self._read(self._tokens(self._turn(text)))
+            start, tokens = self._unread(text, turn)
+            logits = self._read(tokens)
             if logits is None:
                 return
+            answer = []
             pieces = TextPieces(self.tokenizer)
             # The state of the generator follows from the conversation: a saved one is sampled as it would have been.
             generator = torch.Generator().manual_seed((1_000_003 * self.seed + self.cache.get_seq_length()) % 2**63)
@@ -96,6 +106,7 @@ class Chat:
                     self.ending = "stopped" if self._stopped else "turn"
                     break
                 logits = self._feed([token])
+                answer.append(token)
                 if piece := pieces.put(token):
                     yield piece
             else:
@@ -104,6 +115,8 @@ class Chat:
                 yield piece
         finally:
             self._stopped = False
+            if answer is not None and not cut:
+                self._last = self._rewritten(start, text, turn, answer)
 
     def stop(self) -> None:
         """End the answer that is being given (or about to be) after the forward pass under way; for signal handlers."""
@@ -112,7 +125,7 @@ class Chat:
     def reset(self) -> None:
         """Forget the conversation; the next turn is the first."""
         self.cache.reset()
-        self._owed = []
+        self._owed, self._last = [], None
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the conversation to `path`; see `ADMSKVCache.save`."""
@@ -125,21 +138,46 @@ class Chat:
         Raises what `ADMSKVCache.load` raises; this conversation goes on then.
         """
         self.cache = ADMSKVCache.load(path, self.model)
-        self._owed = []
+        self._owed, self._last = [], None
 
     # -- the template ----------------------------------------------------------------------------------------------------
 
-    def _render(self, *said: str) -> str:
+    def _render(self, *said: str, prompt: bool = True) -> str:
         """The template of a conversation: what the user said, what the model answered, and so on."""
         roles = ("user", "assistant")
         messages = [{"role": roles[number % 2], "content": text} for number, text in enumerate(said)]
-        return self.tokenizer.apply_chat_template(self.system + messages, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer.apply_chat_template(self.system + messages, tokenize=False, add_generation_prompt=prompt)
 
     def _turn(self, text: str) -> str:
         """What the template adds to the conversation so far when the user says `text`, the end of the last answer first."""
         if self.cache.get_seq_length() == 0:
             return self._render(text)
         return self._render(_USER, _ANSWER, text).partition(_ANSWER)[2]
+
+    def _since(self, start: int, *said: str) -> str:
+        """What the template renders of the conversation from a turn on that began after `start` tokens."""
+        return self._render(*said) if start == 0 else self._render(_USER, _ANSWER, *said).partition(_ANSWER)[2]
+
+    def _rewritten(self, start: int, text: str, turn: str, answer: list[int]) -> tuple[int, str, str] | None:
+        """Where a turn begins, what was said and what answered, where the next turn changes what is rendered of it."""
+        said = self.tokenizer.decode(answer, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        same = self._since(start, text, said, _LAST).startswith(turn + said)
+        return None if same else (start, text, said)
+
+    def _unread(self, text: str, turn: str) -> tuple[int, list[int]]:
+        """Where the new turn begins, and the tokens to be read: from where the last one is rendered otherwise now."""
+        tokens, last = self._tokens(turn), self._last
+        self._last = None
+        if last is not None:
+            start, *said = last
+            earlier = self._tokens(self._since(start, *said, text).removesuffix(turn))
+            ids = [*self.cache.seen_tokens.whole()[0, :start].tolist(), *earlier]
+            try:
+                rest, _ = self.cache.rewind_to(torch.tensor([ids + tokens]))
+                return len(ids), rest[0].tolist()
+            except ValueError as error:
+                logger.info("the last turn stays as it was read: %s", error)
+        return self.cache.get_seq_length(), tokens
 
     def _learn_template(self) -> tuple[int, int | None]:
         """How many tokens follow what the user said, and the first of those that follow an answer."""
@@ -149,14 +187,16 @@ class Chat:
                 "chat_template to what the model was trained with"
             )
         try:
-            first = self._render(_USER)
-            turn = self._render(_USER, _ANSWER, _USER).partition(_ANSWER)[2]
+            answered = self._render(_USER) != self._render(_USER, prompt=False)
+            first, _, turn = self._render(_USER, _ANSWER, _USER).partition(_ANSWER)
             whole = self._render(_USER, _ANSWER, _USER, _ANSWER, _LAST)
         except TemplateError as error:
             content = repr(self.system[0]["content"]) if self.system else None
             raise ValueError(f"system={content}: the chat template refuses such a conversation: {error}") from error
-        last = turn.replace(_USER, _LAST)
-        if whole != first + _ANSWER + turn + _ANSWER + last or turn.count(_USER) != 1:
+        ends = turn.replace(_USER, _LAST)
+        # Of the turn between, the template may have changed what the answer follows.
+        kept = whole.startswith(first + _ANSWER) and whole.endswith(_ANSWER + ends) and whole.count(_ANSWER) == 2
+        if not (answered and kept and turn.count(_USER) == 1):
             raise ValueError(
                 "the tokenizer's chat template can't be continued turn by turn: what it renders of a conversation and "
                 "an answer does not begin what it renders of a longer one. Set another chat_template"

@@ -345,7 +345,6 @@ def test_a_setting_out_of_range_is_refused(talk, options, message):
     ("template", "options", "message"),
     [
         (None, {}, "has no chat template"),
-        (CHATML.replace("<|im_end|>", "{% if loop.last %}!{% endif %}<|im_end|>"), {}, "can't be continued turn by turn"),
         (CHATML.partition("{% if")[0], {}, "can't be continued turn by turn"),
         ("{{ messages | length }}" + CHATML, {}, "can't be continued turn by turn"),
         ("{{ messages[-1]['content'] }}" + CHATML, {}, "can't be continued turn by turn"),
@@ -672,3 +671,46 @@ def test_a_load_that_fails_leaves_the_conversation(talk, tmp_path):
     assert here.tokenizer.decode(here.fed).endswith(
         "Hi.<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\nx"
     )
+
+
+# -- templates that render earlier turns otherwise -----------------------------------------------------------------------
+
+# As QwQ and R1 have it: the prompt opens the thinking, of which earlier answers keep nothing.
+THINKING = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]").replace(
+    "assistant\n{", "assistant\n<think>{"
+)
+LAST_MARKED = CHATML.replace("<|im_end|>", "{% if loop.last %}!{% endif %}<|im_end|>")
+WIDE = {"recent_size": 400, "compression_interval": 200}
+
+
+@pytest.mark.parametrize("template", [THINKING, LAST_MARKED, TRIMMED], ids=["thinking", "last marked", "trimmed"])
+def test_what_the_template_renders_of_earlier_turns_is_what_the_cache_has_read(talk, template):
+    here, said = talk(template, cache=WIDE), []
+    for user, answer in (("Hello?", "Hm, well.</think>Hi. "), ("And?", "I think so</think>Yes."), ("Bye", " one two")):
+        assert here.say(user, answer) == answer
+        said += [user, answer]
+        rendered = here.ids(here.chat._render(*said[:-1])) + here.ids(answer)
+        assert here.chat.cache.seen_tokens.whole()[0].tolist() == rendered
+
+
+def test_a_turn_that_can_not_be_taken_back_stays_as_it_was_read(talk):
+    here = talk(THINKING)
+    thought = "Hm, " * 30 + "</think>Hi."
+    here.say("Hello?", thought)
+    before = here.chat.cache.get_seq_length()
+    assert here.say("And?", "Well</think>Yes.") == "Well</think>Yes."
+    assert here.chat.cache.seen_tokens.whole()[0, :before].tolist() == here.fed[:before]
+    assert here.chat.cache.get_seq_length() == len(here.fed)
+
+
+def test_what_comes_after_a_turn_that_is_taken_back_is_no_longer_than_the_turns(talk):
+    here = talk(THINKING, cache=WIDE)
+    here.say("Hello?", "Hm, well.</think>Hi.")
+    assert here.chat._last is not None
+    here.chat.reset()
+    assert here.chat._last is None
+    here.say("Hello?", "Hm, well.</think>Hi.")
+    read = len(here.fed)
+    here.say("And?", "x</think>y")
+    # The answer without its thinking is read again, and no more of what was before it.
+    assert here.tokenizer.decode(here.fed[read:]).startswith("Hi.<|im_end|>\n<|im_start|>user\nAnd?")
