@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import re
@@ -35,10 +36,11 @@ _SAMPLE, _NAMED = 64, 4
 def cache_argument(model: Any) -> str:
     """Name of the argument the model takes its cache by: `cache` since transformers 5.24, `past_key_values` before.
 
-    It reads the signature of `forward`: ask once and not at every pass.
+    It reads the signature of `forward`: ask once and not at every pass. What holds no transformers model is asked itself.
     """
-    forward = type(open_model(model)).forward
-    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+    with contextlib.suppress(TypeError):
+        model = open_model(model)
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
 def describe_model(model: torch.nn.Module) -> dict[str, Any]:

@@ -212,12 +212,10 @@ def test_a_stream_is_bounded_and_its_next_passes_are_within_the_rounding(
             start += new
         assert cache.layers[0].compacted and cache.held_tokens <= cache.config.expected_max_tokens
         # From here on in float32 as well, from the very same state.
-        twin, wide = copy.deepcopy(cache), make_tiny_llama()
-        wide.load_state_dict(model.float().state_dict())
-        wide.set_attn_implementation(implementation)
-        enable_adms_llm(wide, CONFIGS[name])
+        twin = copy.deepcopy(cache)
+        model.float()
+        expected, full = give(model, twin, start, start + 3), model(ids).logits
         model.to(dtype)
-        expected, full = give(wide, twin, start, start + 3), wide(ids).logits
         with cast, default_dtype(default):
             got, rounded = give(model, cache, start, start + 3), model(ids).logits
     # What rounding costs any token of the same model without the cache.

@@ -732,7 +732,7 @@ def test_a_pickled_cache_goes_on_and_is_saved_in_another_process(tmp_path):
 def unpickle_in(folder: str) -> None:
     """What the other process does."""
     make_model, config, rows, before, _ = CASES["budgets by variance"]
-    model, ids = make_model(), token_ids(before + 120, rows)[:, before:]
+    model, ids = make_model(), token_ids(before + sum(AFTER), rows)[:, before:]
     enable_adms_llm(model, config)
     cache = pickle.loads(Path(folder, "cache.pkl").read_bytes())
     torch.save(stream(model, ids[:, :40], cache, 5), f"{folder}/logits.pt")
