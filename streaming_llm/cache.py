@@ -128,6 +128,8 @@ class ADMSKVCache(
         self._told_unwired = False
         # Set during a forward pass of a model whose attention is reached through the keys only (attention.AttendedKeys.of).
         self.keys_as: Callable[[torch.Tensor], torch.Tensor] | None = None
+        # The mask a model of several parts was given, until its text part asks.
+        self.outer_mask: Any = None
         self._profile = False
         self._hand_counts: dict[str, int] = {}
         self._variances: dict[int, dict[int, float]] = {}

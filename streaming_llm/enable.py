@@ -418,22 +418,27 @@ def _before_forward(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple
     cache.keys_as = AttendedKeys.of if module.config.model_type in SDPA_ITSELF else None
     if cache.changing_frequencies:
         restore_frequencies(module)
+    own = given.get("attention_mask")
+    # Some composite models give their text part masks they have made of it, one a kind of layer: those are for attention.
+    outer, cache.outer_mask = cache.outer_mask, None
+    told = outer if isinstance(own, dict) and isinstance(outer, torch.Tensor) else own
     positions, mask = cache.begin_forward(
-        given.get("position_ids"), given.get("attention_mask"), tokens.shape[1], tokens.shape[0], tokens.device, tokens
+        given.get("position_ids"), told, tokens.shape[1], tokens.shape[0], tokens.device, tokens
     )
+    mask = mask if told is own else own
     named = _named(module, given)
-    if positions is given.get("position_ids") and mask is given.get("attention_mask") and named is given:
+    if positions is given.get("position_ids") and mask is own and named is given:
         return None
     return (), {**named, "position_ids": positions, "attention_mask": mask}
 
 
 def _before_logits(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """Let the cache know its model and give it the name it has here; refuse right padding where its logits are asked for."""
+    """Tell the cache its model and mask, under the name it has here; refuse right padding whose logits are asked for."""
     cache = _given_cache(kwargs)
     if cache is None:
         return None
     cache.use_with(module)
-    mask = kwargs.get("attention_mask")
+    mask = cache.outer_mask = kwargs.get("attention_mask")
     last_only = type(kwargs.get("logits_to_keep")) is int and kwargs["logits_to_keep"] == 1
     if (
         last_only

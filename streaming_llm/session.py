@@ -62,6 +62,7 @@ class SessionMixin:
         "_room",
         "_coming",
         "_told_rewound",
+        "outer_mask",
         "_told_unwired",
         "_profile",
     )

@@ -8,6 +8,9 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Tests that need packages of the extra `test-extras`; .ci/run runs them where CI_EXTRAS=1.
+collect_ignore = [] if os.environ.get("CI_EXTRAS") == "1" else ["extras"]
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 

@@ -15,7 +15,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import stream, token_ids
+from conftest import make_tiny_llama, stream, token_ids
+from test_composite import composite_types
 from test_families import VARIANTS
 
 import streaming_llm
@@ -80,6 +81,8 @@ def chat_flags():
 MADE_FROM_CODE = {
     ("README.md", "model types"): model_types,
     ("README.md", "rope types"): rope_types,
+    ("README.md", "vision types"): lambda: composite_types("vision"),
+    ("README.md", "audio types"): lambda: composite_types("audio"),
     ("QUICKSTART.md", "flags"): lambda: f"\n{flag_table(parser().flags())}\n",
     ("QUICKSTART.md", "chat flags"): lambda: f"\n{flag_table(chat_flags())}\n",
     ("QUICKSTART.md", "settings"): lambda: f"\n{ADMSConfig.describe()}\n",
@@ -316,3 +319,21 @@ def update() -> None:
 
 if __name__ == "__main__":
     update()
+
+
+def test_the_first_example_of_readme_runs_without_a_warning(monkeypatch, tiny_model_folder, caplog):
+    import warnings
+
+    from transformers import AutoTokenizer
+
+    from streaming_llm import evaluation
+
+    model, tokenizer = make_tiny_llama(vocab_size=256), AutoTokenizer.from_pretrained(tiny_model_folder)
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    monkeypatch.setattr(evaluation, "load_model", lambda: (model, tokenizer))
+    names: dict = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exec(code_blocks("README.md", "python")[0].replace("recent_size=256", "recent_size=16, rank=8"), names)  # noqa: S102
+    assert names["output"].shape[1] == names["inputs"]["input_ids"].shape[1] + 64
+    assert not [record for record in caplog.records if "deprecated" in record.getMessage()]
