@@ -12,7 +12,6 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import DynamicCache
 
 from streaming_llm import ADMSKVCache, disable_adms_llm, enable_adms_llm
-from streaming_llm.chat import Chat
 from streaming_llm.enable import is_enabled
 from streaming_llm.wrappers import open_model
 
@@ -133,13 +132,12 @@ def test_threads_of_data_parallel_do_not_fill_one_cache():
     assert stream(model, token_ids(8), cache, 4).isfinite().all()
 
 
-@pytest.mark.parametrize("call", [enable_adms_llm, disable_adms_llm, is_enabled, Chat])
+@pytest.mark.parametrize("call", [enable_adms_llm, disable_adms_llm, is_enabled])
 def test_what_is_no_model_or_holds_two_is_a_type_error_that_says_so(call):
-    arguments = (None, None) if call is Chat else ()
     pipeline = types.SimpleNamespace(model=make_tiny_llama())
     for wrong in (None, "llama", pipeline, torch.nn.Linear(2, 2)):
         with pytest.raises(TypeError, match=f"model={type(wrong).__name__} must be a transformers PreTrainedModel"):
-            call(wrong, *arguments)
+            call(wrong)
     two = torch.nn.ModuleList([make_tiny_llama(), make_tiny_llama()])
     with pytest.raises(TypeError, match=r"2 \(LlamaForCausalLM, LlamaForCausalLM\); pass one"):
-        call(two, *arguments)
+        call(two)
