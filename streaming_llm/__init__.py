@@ -13,7 +13,8 @@ from .enable import (
     enable_streaming_llm,
 )
 from .importance import Queries
-from .layer import ADMSLayer, NonFiniteError
+from .layer import ADMSLayer
+from .stream.passes import NonFiniteError
 from .tokens import WeightedTokens
 
 __version__ = "0.1.0"

@@ -74,9 +74,10 @@ def _attention(base: str) -> Callable:
         layer: ADMSLayer | None = getattr(key, "adms_layer", None)
         if layer is None:
             return forward(module, query, key, value, attention_mask, **kwargs)
+        packed = base == "sdpa" and query.shape[1] != key.shape[1] and not layer.plain
         result = _attend(
             layer,
-            lambda *states: forward(module, *states, **kwargs),
+            lambda *states: packed_sdpa(*states, **kwargs) if packed else forward(module, *states, **kwargs),
             query,
             key,
             value,
@@ -87,6 +88,32 @@ def _attention(base: str) -> Callable:
         return result
 
     return adms_attention
+
+
+def packed_sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """torch's attention with the query heads of a group in the query axis, so that no keys or values are repeated.
+
+    Args:
+        query: `[batch, heads, new, head_dim]`; key, value: `[batch, kv_heads, tokens, dim]`; mask: additive
+            `[batch, heads, new, tokens]`.
+
+    Returns:
+        `(output [batch, new, heads, value_dim], None)`, as transformers' own.
+    """
+    batch, heads, new, dim = query.shape
+    rows = (batch, key.shape[1], heads // key.shape[1] * new)
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query.reshape(*rows, dim), key, value, attn_mask=mask.reshape(*rows, -1), dropout_p=dropout, scale=scaling
+    )
+    return output.view(batch, heads, new, -1).transpose(1, 2).contiguous(), None
 
 
 def _attend(

@@ -2,7 +2,63 @@
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
+
 import torch
+
+from .state import HeadState
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Tokens that a tier may keep.
+
+    Attributes:
+        width: slots of the tier, the same for every head.
+        per_head: int64 `[rows, kv_heads]`, at most `width`; None for `width` everywhere.
+        least: a lower bound of `per_head` known without asking the device.
+    """
+
+    width: int
+    per_head: torch.Tensor | None
+    least: int
+
+    def spread_over(self, like: torch.Tensor) -> Budget:
+        """The same with a number for every head of `like [rows, kv_heads, ...]`."""
+        if self.per_head is not None:
+            return self
+        return dataclasses.replace(self, per_head=torch.full(like.shape[:2], self.width, device=like.device))
+
+    def plus(self, width: int, per_head: torch.Tensor | int, least: int) -> Budget:
+        """So many more of each; one with numbers for every head only."""
+        return Budget(self.width + width, self.per_head + per_head, self.least + least)
+
+
+@dataclass
+class VarianceState(HeadState):
+    """How much the middle of each head varies, `[batch, kv_heads]` each, changed in place.
+
+    Attributes:
+        variance: EMA of `middle_variance`, float32.
+        measured: how many measurements there were, int64.
+        budgets: budget in force, int64; 0 before the first decision.
+    """
+
+    variance: torch.Tensor
+    measured: torch.Tensor
+    budgets: torch.Tensor
+
+    @classmethod
+    def empty(cls, batch: int, heads: int, device: torch.device) -> VarianceState:
+        """Nothing measured yet."""
+        whole = torch.zeros(batch, heads, dtype=torch.int64, device=device)
+        return cls(torch.zeros(batch, heads, dtype=torch.float32, device=device), whole, whole.clone())
+
+    def update(self, variance: torch.Tensor, smoothing: float) -> None:
+        """Fold a measurement `[batch, kv_heads]` in; the first one sets the average."""
+        self.variance.copy_(torch.where(self.measured == 0, variance, self.variance.lerp(variance, smoothing)))
+        self.measured.add_(1)
 
 
 def share_budget(weight: torch.Tensor, base: int, low: int, high: int) -> torch.Tensor:

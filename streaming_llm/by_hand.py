@@ -1,15 +1,19 @@
-"""What the modules' documented per-head methods stand on: one head's part of a layer's batched state, made when needed."""
+"""What the modules' documented per-head methods stand on: one head's part of a layer's state, made when needed.
+
+A layer that a model fills shows its own state. Tried by hand without a model, the methods have a state of their own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .autograd import unrecorded
 from .calibration import CalibrationState
-from .config import REPLAY_BANK
+from .config import REPLAY_BANK, ADMSConfig
 from .controller import ControllerState
 from .layer import ADMSLayer
 from .recall import Originals
@@ -17,8 +21,25 @@ from .state import HeadState
 from .tokens import WeightedTokens
 
 
+@dataclass
+class HandState:
+    """What was put into a layer by hand: row 0 only, as many heads as were named."""
+
+    sketches: WeightedTokens | None = None
+    originals: Originals | None = None
+    replay: Originals | None = None
+    calibration: CalibrationState | None = None
+    controller: ControllerState | None = None
+
+
 class ByHandMixin:
     """Access to the modules' state by (layer, head); by hand means row 0."""
+
+    config: ADMSConfig
+    layers: list[Any]
+    _hand: dict[int, HandState]
+    _hand_counts: dict[str, int]
+    _variances: dict[int, Any]
 
     def _layer_by_hand(self, layer_idx: int, head_idx: int) -> ADMSLayer:
         """The layer, made where there is none; `ValueError` for indices that can't be."""
@@ -29,15 +50,29 @@ class ByHandMixin:
         layer = self.layers[layer_idx]
         if not isinstance(layer, ADMSLayer):
             raise ValueError(f"layer_idx={layer_idx} has a sliding window: it keeps no middle")
-        if layer.is_initialized and head_idx >= layer.buffer.keys.shape[1]:
-            raise ValueError(f"head_idx={head_idx} must be below {layer.buffer.keys.shape[1]}, the layer's KV heads")
+        if layer.is_initialized and head_idx >= layer.stack.tokens.keys.shape[1]:
+            raise ValueError(f"head_idx={head_idx} must be below {layer.stack.tokens.keys.shape[1]}, the layer's KV heads")
         return layer
+
+    def _own_hand(self, layer_idx: int) -> HandState:
+        return self._hand.setdefault(layer_idx, HandState())
+
+    def _layer_state(self, name: str, layer: int) -> HeadState | None:
+        """A module's state of one layer, of its rows and heads, as views; None where it has none."""
+        own = self.layers[layer] if layer < len(self.layers) else None
+        if not isinstance(own, ADMSLayer):
+            return None
+        stack = own.stack
+        if stack is None:
+            return getattr(self._hand.get(layer), name, None)
+        state = getattr(stack.memory, "originals" if name == "replay" else name)
+        return None if state is None else state.map(lambda tensor: stack.of_layer(layer, tensor))
 
     @unrecorded()
     def _head_state(self, name: str, layer_idx: int, head_idx: int) -> HeadState:
         """One head's part of a layer's `calibration` or `controller` state, as views, for row 0."""
         layer = self._layer_by_hand(layer_idx, head_idx)
-        state = getattr(layer, name)
+        state = self._layer_state(name, layer_idx)
         if state is None and layer.is_initialized:
             raise RuntimeError(f"layer {layer_idx} is filled by a model with the {name} off: there is nothing to do by hand")
         missing = head_idx + 1 - (0 if state is None else state.heads)
@@ -47,29 +82,22 @@ class ByHandMixin:
                 more = CalibrationState.empty(1, missing, self.config.calibration_window, device)
             else:
                 more = ControllerState.empty(1, missing, device)
-            setattr(layer, name, more if state is None else state.with_heads(more))
-        return getattr(layer, name).part(0, head_idx)
+            state = more if state is None else state.with_heads(more)
+            setattr(self._own_hand(layer_idx), name, state)
+        return state.part(0, head_idx)
 
-    def _state_heads(self, *names: str) -> Callable[[], list[tuple[int, int]]]:
-        """A function telling which layers have one of these states, and for how many heads."""
+    def _state_heads(self, name: str) -> Callable[[], list[tuple[int, int]]]:
+        """A function telling which layers have a state of this name, and for how many heads."""
 
         def heads() -> list[tuple[int, int]]:
-            found = []
-            for number, layer in enumerate(self.layers):
-                if not isinstance(layer, ADMSLayer):
-                    continue
-                states = [getattr(layer.of_row(0)[0], name) for name in names]
-                counts = [state.heads for state in states if state is not None]
-                if counts:
-                    found.append((number, max(counts)))
-            return found
+            states = ((number, self._layer_state(name, number)) for number in range(len(self.layers)))
+            return [(number, state.heads) for number, state in states if state is not None]
 
         return heads
 
     def _peek_state(self, name: str, layer: int, row: int, head: int) -> HeadState | None:
         """One head's part of a state, or None where it is not there."""
-        own, row = self.layers[layer].of_row(row)
-        state = getattr(own, name)
+        state = self._layer_state(name, layer)
         if state is None or head >= state.heads:
             return None
         if not 0 <= row < next(iter(state.tensors().values())).shape[0]:
@@ -78,93 +106,81 @@ class ByHandMixin:
 
     # -- banks -----------------------------------------------------------------------------------------------------------
 
-    def _banks(self, layer_idx: int, head_idx: int) -> ADMSLayer:
-        layer = self._layer_by_hand(layer_idx, head_idx)
-        if layer.is_initialized:
+    def _check_banks(self, layer_idx: int, head_idx: int) -> None:
+        if self._layer_by_hand(layer_idx, head_idx).is_initialized:
             raise RuntimeError(f"layer {layer_idx} is filled by a model: its banks change by compaction only, not by hand")
-        return layer
 
     @unrecorded()
     def _hand_bank(
         self, layer_idx: int, head_idx: int, keys: torch.Tensor | None = None, values: torch.Tensor | None = None
     ) -> tuple[WeightedTokens, Originals]:
         """Sketches and originals of one head, as views; made with the shape of `keys` and `values [tokens, dim]`."""
-        layer = self._banks(layer_idx, head_idx)
-        missing = head_idx + 1 - (0 if layer.hand_sketches is None else layer.hand_sketches.keys.shape[1])
+        self._check_banks(layer_idx, head_idx)
+        hand = self._own_hand(layer_idx)
+        held = hand.sketches
+        missing = head_idx + 1 - (0 if held is None else held.keys.shape[1])
         if missing > 0:
-            if layer.hand_sketches is not None:
-                like_k, like_v = layer.hand_sketches.keys, layer.hand_sketches.values
-            else:
-                empty = torch.zeros(1, 1, 0, 1, dtype=torch.float32)
-                like_k = empty if keys is None else keys[None, None]
-                like_v = empty if values is None else values[None, None]
-            like_k, like_v = (x[:, :1].expand(1, missing, *x.shape[2:]) for x in (like_k, like_v))
-            sketches = WeightedTokens.empty(like_k, like_v, max(1, self.config.sketch_budget))
-            originals = Originals.empty(like_k, like_v, max(1, self.config.sketch_originals))
-            if layer.hand_sketches is None and keys is None:
+            like = _like(held, keys, values, missing)
+            sketches = WeightedTokens.empty(*like, max(1, self.config.sketch_budget))
+            originals = Originals.empty(*like, max(1, self.config.sketch_originals))
+            if held is None and keys is None:
                 return sketches.map(lambda t: t[:, :1]), originals.part(0, 0)
-            if layer.hand_sketches is not None:
-                held = layer.hand_sketches
-                sketches = WeightedTokens(
-                    **{name: torch.cat([tensor, getattr(sketches, name)], 1) for name, tensor in held.tensors().items()}
-                )
-                originals = layer.originals.with_heads(originals)
-            layer.hand_sketches, layer.originals = sketches, originals
-        part = layer.hand_sketches.map(lambda tensor: tensor[:1, head_idx : head_idx + 1])
-        return part, layer.originals.part(0, head_idx)
+            if held is not None:
+                more = sketches.tensors()
+                sketches = WeightedTokens(**{name: torch.cat([t, more[name]], 1) for name, t in held.tensors().items()})
+                originals = hand.originals.with_heads(originals)
+            hand.sketches, hand.originals = sketches, originals
+        part = hand.sketches.map(lambda tensor: tensor[:1, head_idx : head_idx + 1])
+        return part, hand.originals.part(0, head_idx)
 
     def _middle_and_originals(self, layer: int, row: int, head: int) -> tuple[WeightedTokens, Originals] | None:
         """The middle of one head and its originals, as views; None where it keeps none."""
-        whole = self.layers[layer]
-        own, place = whole.of_row(row)
-        if own.originals is None or head >= own.originals.heads:
+        originals = self._peek_state("originals", layer, row, head)
+        if originals is None:
             return None
-        if own.is_initialized:
-            if not own.compacted:
+        stack = self.layers[layer].stack
+        if stack is None:
+            middle = self._hand[layer].sketches
+        else:
+            own = stack.rows[row]
+            if not own.compactions:
                 return None
             first = self.config.dynamic_start_size
-            middle = whole.buffer.slice(first, first + own.width)
-        elif own.hand_sketches is not None:
-            middle = own.hand_sketches
-        else:
-            return None
-        return middle.map(lambda tensor: tensor[row : row + 1, head : head + 1]), own.originals.part(place, head)
+            middle = stack.tokens.slice(first, first + own.width).map(lambda tensor: stack.of_layer(layer, tensor))
+        return middle.map(lambda tensor: tensor[row : row + 1, head : head + 1]), originals
 
     @unrecorded()
     def _hand_replay(
         self, layer_idx: int, head_idx: int, keys: torch.Tensor | None = None, values: torch.Tensor | None = None
     ) -> Originals:
         """The replay bank of one head, as views."""
-        layer = self._layer_by_hand(layer_idx, head_idx)
-        if layer.is_initialized:
-            if keys is not None:
-                self._banks(layer_idx, head_idx)
-            if layer.originals is not None:
-                return layer.originals.part(0, head_idx)
-        bank = layer.replay_hand
+        if keys is not None:
+            self._check_banks(layer_idx, head_idx)
+        if self._layer_by_hand(layer_idx, head_idx).is_initialized:
+            bank = self._layer_state("replay", layer_idx)
+            if bank is not None:
+                return bank.part(0, head_idx)
+        bank = self._own_hand(layer_idx).replay
         missing = head_idx + 1 - (0 if bank is None else bank.heads)
         if missing > 0:
-            if bank is not None:
-                like_k, like_v = bank.keys, bank.values
-            else:
-                empty = torch.zeros(1, 1, 0, 1, dtype=torch.float32)
-                like_k = empty if keys is None else keys[None, None]
-                like_v = empty if values is None else values[None, None]
-            like_k, like_v = (x[:, :1].expand(1, missing, *x.shape[2:]) for x in (like_k, like_v))
-            more = Originals.empty(like_k, like_v, max(1, REPLAY_BANK * self.config.replay_budget))
+            more = Originals.empty(*_like(bank, keys, values, missing), max(1, REPLAY_BANK * self.config.replay_budget))
             if bank is None and keys is None:
                 return more.part(0, 0)
-            layer.replay_hand = more if bank is None else bank.with_heads(more)
-        return layer.replay_hand.part(0, head_idx)
-
-    def _replay_originals(self, layer: int, row: int, head: int) -> Originals | None:
-        """Where one head's replay bank is, or None."""
-        own, row = self.layers[layer].of_row(row)
-        bank = own.originals if own.is_initialized else own.replay_hand
-        return None if bank is None or head >= bank.heads else bank.part(row, head)
+            bank = more if bank is None else bank.with_heads(more)
+            self._own_hand(layer_idx).replay = bank
+        return bank.part(0, head_idx)
 
     def _count_by_hand(self, name: str, number: int) -> None:
         self._hand_counts[name] = self._hand_counts.get(name, 0) + number
 
-    _hand_counts: dict[str, int]
-    _variances: dict[int, Any]
+
+def _like(
+    held: WeightedTokens | Originals | None, keys: torch.Tensor | None, values: torch.Tensor | None, heads: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of `heads` heads, shaped as those held, else as those given `[tokens, dim]`."""
+    empty = torch.zeros(1, 1, 0, 1, dtype=torch.float32)
+    if held is not None:
+        keys, values = held.keys, held.values
+    else:
+        keys, values = (empty if given is None else given[None, None] for given in (keys, values))
+    return tuple(states[:, :1].expand(1, heads, *states.shape[2:]) for states in (keys, values))

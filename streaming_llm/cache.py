@@ -2,50 +2,45 @@
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from .autograd import unrecorded
-from .by_hand import ByHandMixin
+from .by_hand import ByHandMixin, HandState
 from .calibration import CalibrationMixin
 from .config import ADMSConfig, layer_windows
 from .controller import ControllerMixin
 from .dual_fidelity import DualFidelityMixin
-from .group import can_plan, group_layers, measured_budgets, plan_budgets, whole_groups
-from .layer import ADMSLayer, Arrival, NonFiniteError, rows_at
+from .layer import ADMSLayer
 from .model_facts import UsedModel
-from .padding import MaskChange, Stretches, known_figures, mask_change, mask_figures, real_tail, with_columns
+from .padding import Stretches, known_figures, mask_change, mask_figures, with_columns
 from .parallel import Ranks
-from .positions import PositionWindow
 from .replay import ReplayMixin
 from .rope import Rope
-from .rows import PaddedLayer
 from .seen import SeenMixin, SeenTokens, ids_of
 from .session import SessionMixin
 from .stats import StatsMixin
+from .stream.passes import Arrival
+from .stream.positions import PositionWindow
+from .stream.stream import Pass, Stream
 
 logger = logging.getLogger(__name__)
 
-# Layers trade budget after `layer.PLANNED_FIRST` compactions, then after twice as many each time (much is still to be
-# learnt), and at last every so many.
-PLANNED_EVERY = 64
 
-
-def _layer(config: ADMSConfig, wired: bool) -> ADMSLayer:
-    # Without log-mass nothing tells attention which slots are unused, so budgets can't differ between heads, nor may slots
-    # stay empty: what sketches and replay would use is the precision tier's.
+def _without_log_mass(config: ADMSConfig) -> ADMSConfig:
+    """The settings of a cache whose model was not enabled: nothing tells attention which slots are unused, so budgets can't
+    differ between heads, nor may slots stay empty: what sketches and replay would use is the precision tier's."""
     modules = ("use_adaptive_budget", "enable_adaptive_controller", "enable_dual_fidelity", "enable_residual_replay")
-    if not wired and any(getattr(config, name) for name in modules):
-        off = dict.fromkeys(modules, False)
-        whole = config.middle_allocation
-        config = dataclasses.replace(config, **off, sketch_budget=0, replay_budget=0, compressed_budget=whole)
-    return ADMSLayer(config, wired)
+    if not any(getattr(config, name) for name in modules):
+        return config
+    off = dict.fromkeys(modules, False)
+    return dataclasses.replace(config, **off, sketch_budget=0, replay_budget=0, compressed_budget=config.middle_allocation)
 
 
 def _held_by_sliding(layer: DynamicSlidingWindowLayer) -> int:
@@ -95,44 +90,48 @@ class ADMSKVCache(
         ranks: Ranks | None = None,
     ):
         config = ADMSConfig.check(config)
+        self.stream = Stream(config if wired else _without_log_mass(config), wired, layers_at_once, window, ranks)
         layers = []
         if model_config is not None:
             config.check_model(model_config)
             text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
-            for width in layer_windows(text):
-                layers.append(_layer(config, wired) if width is None else DynamicSlidingWindowLayer(width))
-        for layer, rope in zip(layers, ropes or (), strict=False):
-            layer.rope = rope
+            for number, width in enumerate(layer_windows(text)):
+                rope = None if ropes is None else ropes[number]
+                layers.append(self._sliding(width, rope) if width else ADMSLayer(self.stream, number, rope))
         super().__init__(layers=layers)
         self._config = config
-        self.wired = wired
-        self.layers_at_once = layers_at_once
-        self.ranks = ranks
-        group_layers(self._full_layers(), layers_at_once)
-        self.broken: str | None = None
-        self.window = PositionWindow() if window is None else window
-        for layer in self._full_layers():
-            layer.limit = self.window.limit
         self.used_model: UsedModel | None = None
         self.ropes: tuple[tuple[Rope, ...] | None, str | None] = (None, None)
-        self._arrival: Arrival | None = None
-        self._followed: list[int] | None = None
-        self._before: list[tuple[int, dict[str, Any] | None]] | None = None
-        self._room: tuple[int, int, Arrival] | None = None
         # Which columns of the masks were padding; see `padding.py`.
         self.padding: list[Stretches] = []
+        self.stream.committed = self._committed
         self._length_override: int | None = None
         self.seen_tokens = SeenTokens()
-        self._coming: torch.Tensor | None = None
         self._told_rewound = False
         self._told_unwired = False
         # Set during a forward pass of a model whose attention is reached through the keys only (attention.AttendedKeys.of).
         self.keys_as: Callable[[torch.Tensor], torch.Tensor] | None = None
         # The mask a model of several parts was given, until its text part asks.
         self.outer_mask: Any = None
-        self._profile = False
+        self._hand: dict[int, HandState] = {}
         self._hand_counts: dict[str, int] = {}
         self._variances: dict[int, dict[int, float]] = {}
+
+    @staticmethod
+    def _sliding(width: int, rope: Rope | None) -> DynamicSlidingWindowLayer:
+        layer = DynamicSlidingWindowLayer(width)
+        layer.rope = rope
+        return layer
+
+    @property
+    def wired(self) -> bool:
+        """Whether it was made by `enable_adms_llm`, for a model whose attention shows its queries."""
+        return self.stream.wired
+
+    @property
+    def window(self) -> PositionWindow:
+        """The positions the model is given."""
+        return self.stream.window
 
     # -- what transformers asks ------------------------------------------------------------------------------------------
 
@@ -140,61 +139,54 @@ class ADMSKVCache(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append one layer's new tokens and return what its queries attend to; see `ADMSLayer.update`."""
-        if self.broken:
-            raise RuntimeError(f"the cache can't be used any more: {self.broken}. Call cache.reset() or make a new one")
-        if self.wired and self._before is None:
+        if self.wired and self.stream.open is None:
             raise RuntimeError(
                 "the cache was made by enable_adms_llm, and the model it is given to is not (or no longer) enabled. Call "
                 "enable_adms_llm(model, ...) and use the cache it returns"
             )
         self._make_layers(layer_idx)
         layer = self.layers[layer_idx]
-        self._check_same_point(layer_idx, key_states.shape[2])
         if not isinstance(layer, ADMSLayer):
             # A dtype that changed since the last pass: transformers' layers join both to the wider one.
             keys, values = layer.update(key_states, value_states, *args, **kwargs)
             return keys.to(key_states.dtype), values.to(value_states.dtype)
-        if not self.wired and not self._told_unwired and layer.length + key_states.shape[2] > layer.capacity:
+        new = key_states.shape[2]
+        if not self.wired:
+            self._check_unwired(layer_idx, new)
+        self._length_override = None
+        states = layer.update(key_states, value_states)
+        if not self.wired and layer is self._full_layers()[-1]:
+            self._log_every_512(layer.get_seq_length(), new)
+        return states if self.keys_as is None else (self.keys_as(states[0]), states[1])
+
+    def _check_unwired(self, layer_idx: int, new: int) -> None:
+        # A pass that failed half-way is dropped by the hooks of an enabled model; without them this is where it shows.
+        first, own = self.layers[0], self.layers[layer_idx]
+        if layer_idx and first.is_initialized and own.get_seq_length() + new != first.get_seq_length():
+            raise RuntimeError(
+                f"a forward pass failed before layer {layer_idx}, the layers before it had taken its tokens: call "
+                "cache.reset() or make a new cache. Or the model is an encoder-decoder, whose cross attention wrote to the "
+                "cache too: it wants EncoderDecoderCache(cache, DynamicCache())"
+            )
+        if not self._told_unwired and own.get_seq_length() + new > self.config.expected_max_tokens:
             logger.warning(
                 "this cache is used by a model that was not enabled: no queries are seen, so importance rests on keys and "
                 "values, and tokens merge without log-mass. Use enable_adms_llm(model, ...) for full quality."
             )
             self._told_unwired = True
-        self._length_override = None
-        states = layer.update(key_states, value_states, arrival=self._arrival)
-        if layer is self._last_full_layer():
-            self._log_every_512(layer.seen, key_states.shape[2])
-        return states if self.keys_as is None else (self.keys_as(states[0]), states[1])
-
-    def _check_same_point(self, layer_idx: int, new: int) -> None:
-        # A pass that failed half-way is taken back by the hooks of an enabled model; without them this is where it shows.
-        first, own = self.layers[0], self.layers[layer_idx]
-        if layer_idx and first.is_initialized and own.get_seq_length() + new != first.get_seq_length():
-            self.broken = (
-                f"a forward pass failed before layer {layer_idx}, the layers before it had taken its tokens; or the model "
-                "is an encoder-decoder, whose cross attention wrote to it too and wants EncoderDecoderCache(cache, "
-                "DynamicCache())"
-            )
-            raise RuntimeError(f"the cache can't be used any more: {self.broken}. Call cache.reset() or make a new one")
 
     def _make_layers(self, layer_idx: int) -> None:
         while len(self.layers) <= layer_idx:
-            self.layers.append(_layer(self.config, self.wired))
-            self.layers[-1].profile = self._profile
+            self.layers.append(ADMSLayer(self.stream, len(self.layers)))
 
     def _full_layers(self) -> list[ADMSLayer]:
         return [layer for layer in self.layers if isinstance(layer, ADMSLayer)]
 
-    def _last_full_layer(self) -> ADMSLayer | None:
-        return next((layer for layer in reversed(self.layers) if isinstance(layer, ADMSLayer)), None)
-
-    def _first_full_layer(self) -> ADMSLayer | None:
-        return next((layer for layer in self.layers if isinstance(layer, ADMSLayer)), None)
-
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen (not held) by the layer; while a forward pass runs, those before it."""
-        if self._before is not None and layer_idx < len(self._before):
-            return self._before[layer_idx][0]
+        done = self.stream.open
+        if done is not None and not done.over and layer_idx < len(self.layers) and done.extra["sliding"][layer_idx]:
+            return done.extra["sliding"][layer_idx].get("cumulative_length", 0)
         return self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else 0
 
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
@@ -209,28 +201,18 @@ class ADMSKVCache(
     @property
     def batch_size(self) -> int:
         """Rows held; -1 before the first token."""
-        layer = self._first_full_layer()
-        return -1 if layer is None or layer.buffer is None else layer.buffer.keys.shape[0]
+        return self.stream.batch or -1
 
     def reset(self) -> None:
         """Forget everything: the cache is as new, its settings stay."""
-        super().reset()
+        self.stream.reset()
         for number, layer in enumerate(self.layers):
-            if isinstance(layer, PaddedLayer):
-                self.layers[number] = layer.unpadded()
-            elif not isinstance(layer, ADMSLayer):
+            if not isinstance(layer, ADMSLayer):
                 # In transformers 5.2 a sliding layer keeps its keys, as zeros.
-                self.layers[number] = DynamicSlidingWindowLayer(layer.sliding_window)
-                self.layers[number].rope = getattr(layer, "rope", None)
-        self.window.reset()
-        self.padding = []
-        group_layers(self._full_layers(), self.layers_at_once)
-        self._hand_counts = {}
-        self._variances = {}
-        self.broken = None
-        self._arrival = self._before = self._room = self._coming = None
+                self.layers[number] = self._sliding(layer.sliding_window, layer.rope)
+        self._hand, self._hand_counts, self._variances = {}, {}, {}
         self._length_override = None
-        self.seen_tokens = SeenTokens()
+        self.padding, self.seen_tokens = [], SeenTokens()
 
     def use_with(self, model: torch.nn.Module) -> None:
         """Take note of the model the cache is used with; see `save`."""
@@ -264,14 +246,10 @@ class ADMSKVCache(
         Raises:
             ValueError: a mask or positions that can't be right; nothing has changed.
         """
-        self._take_back_unfinished()
-        if self.broken:
-            raise RuntimeError(f"the cache can't be used any more: {self.broken}. Call cache.reset() or make a new one")
+        self._drop_unfinished()
         self._end_recording()
-        seen = self.get_seq_length()
-        self._followed = self.window.following
-        counts = real = change = None
-        tail = 0
+        seen = self.stream.seen
+        real, counts, tail, change = None, (new,) * batch, 0, None
         only_new = False
         if isinstance(attention_mask, torch.Tensor):
             attention_mask, only_new = self._whole_mask(attention_mask, seen, new, batch)
@@ -283,47 +261,41 @@ class ADMSKVCache(
                 tail, *figures = torch.cat(figures).tolist()
                 counts, figures = figures[:batch], figures[batch:]
                 if figures and figures != known_figures(self.padding, batch):
-                    change = self._mask_change(attention_mask[:, :seen].bool().cpu())
+                    past = attention_mask[:, :seen].bool().cpu()
+                    change = mask_change(past, self.padding, self.stream.exact_lengths(), not self.stream.aligned)
                 if min(counts) == new:
-                    real = counts = None
+                    real = None
         if only_new and seen:
             # Counted from a mask of the new tokens alone, they would start at 0 again.
             positions = None
+        window = self.window
         # Where a mask takes tokens out, the next one's position is told, not counted.
-        first, last = self.window.span(positions, real, counts or (change and [new] * batch), new)
-        if positions is None and self.window.following is None and real is not None:
+        first, last = window.span(positions, real, None if real is None and change is None else counts, new)
+        if positions is None and window.following is None and real is not None:
             first, last = [0] * batch, [count - 1 for count in counts]
         masked = isinstance(attention_mask, torch.Tensor)
-        arrival = Arrival(real=real, counts=counts, masked=masked, tail=tail)
-        # Refused before anything changes: what a compaction would make room for can only be fewer slots.
-        self.window.plan(first, last, self._slots(new, counts, change))
-        if change is not None:
-            self._change_mask(change)
-        self._room = new, batch, arrival
-        self._make_room(*self._room)
-        shifts = self.window.plan(first, last, self._slots())
-        if any(shifts):
-            self._move_window(shifts, device)
-        following = self.window.following
+        arrival = Arrival(new, tuple(counts), None, real, masked, tail)
+        started = self.stream.begin(arrival, first, last, change)
+        following = window.following
         counting = real is None and all(position == seen for position in (following or [0]))
-        arrival.positions = self.window.place(positions, real, first, new, counting, device)
-        self._arrival = arrival
-        self.window.follow(last)
+        arrival.positions = started.window.place(positions, real, first, new, counting, device)
         # transformers' own layers replace their tensors: what they refer to now is all it takes to go back.
-        self._before = [
-            (layer.get_seq_length(), None if isinstance(layer, ADMSLayer) else dict(vars(layer))) for layer in self.layers
-        ]
+        sliding = [None if isinstance(layer, ADMSLayer) else dict(vars(layer)) for layer in self.layers]
+        padding = self.padding if change is None else with_columns([], 0, change.real)
         if real is not None:
             # Of one token a row the counts have told.
-            self.padding = with_columns(self.padding, seen, torch.tensor(counts)[:, None] if new == 1 else real.cpu())
-        self._coming = None if tokens is None else ids_of(tokens)
+            padding = with_columns(padding, seen, torch.tensor(counts)[:, None] if new == 1 else real.cpu())
+        started.extra = {"sliding": sliding, "padding": padding, "ids": None if tokens is None else ids_of(tokens)}
+        # From here on `abort_forward` goes back.
+        self.stream.open = started
+        self._move_sliding([after - before for after, before in started.shifts(window)], device)
         return arrival.positions, attention_mask
 
     def _whole_mask(self, mask: torch.Tensor, seen: int, new: int, batch: int) -> tuple[torch.Tensor | None, bool]:
         """The mask with a column for every token (None: no padding), and whether it was given for the new ones only."""
+        stacks, capacity = self.stream.stacks, self.config.expected_max_tokens
         if mask.dim() != 2:
-            layer = self._first_full_layer()
-            if layer is not None and (not layer.plain or layer.length + new > layer.capacity):
+            if seen + new > capacity or self.stream.padded or any(stack.compacted for stack in stacks):
                 raise ValueError(
                     f"attention_mask of shape {list(mask.shape)} can't be: once tokens are compacted only a 2-D mask "
                     "[batch, tokens] tells what is padding"
@@ -336,241 +308,127 @@ class ADMSKVCache(
             )
         if mask.shape[1] == seen + new:
             return mask, False
-        layer = self._first_full_layer()
         sliding = len(self._full_layers()) < len(self.layers)
-        if bool(mask.all()) and (not isinstance(layer, PaddedLayer) or (layer.aligned and not sliding)):
+        real = stacks[0].real if stacks else None
+        if bool(mask.all()) and (not self.stream.padded or (real is None and not sliding)):
             # Nothing to tell, now or of what is held: a mask as long as the stream would have to be made at every step.
             return None, True
-        before = mask.new_ones(batch, seen)
-        if isinstance(layer, PaddedLayer):
-            if layer.aligned and sliding:
-                raise ValueError(
-                    f"attention_mask of shape {list(mask.shape)} must be [{batch}, {seen + new}]: with padding in the "
-                    "batch, layers with a sliding window need the mask of all tokens"
-                )
-            if not layer.aligned:
-                before = layer.real[:, :seen].to(mask)
+        if self.stream.padded and real is None and sliding:
+            raise ValueError(
+                f"attention_mask of shape {list(mask.shape)} must be [{batch}, {seen + new}]: with padding in the "
+                "batch, layers with a sliding window need the mask of all tokens"
+            )
+        before = mask.new_ones(batch, seen) if real is None else real.to(mask)
         return torch.cat([before, mask], dim=1), True
 
-    def _mask_change(self, past: torch.Tensor) -> MaskChange:
-        """What a mask, bool `[batch, seen]`, changes of the tokens seen; `ValueError` where that can't be."""
-        layers = self._full_layers()
-        loose = [min(layer.of_row(row)[0].loose for layer in layers) for row in range(len(past))]
-        return mask_change(past, self.padding, loose, not any(getattr(layer, "aligned", False) for layer in layers))
-
-    def _change_mask(self, change: MaskChange) -> None:
-        """Let every layer hold what a mask calls tokens, and remember what it calls padding."""
-        batch, seen = change.real.shape
-        with self._broken_if_it_fails():
-            self._hold_rows(batch)
-            self.padding = with_columns([], 0, change.real)
-            for layer in self._full_layers():
-                layer.change_mask(change, real_tail(self.padding, seen))
-
-    def _hold_rows(self, batch: int) -> None:
-        """From now on each row is held and compacted by itself."""
-        for number, layer in enumerate(self.layers):
-            if isinstance(layer, ADMSLayer) and not isinstance(layer, PaddedLayer):
-                self.layers[number] = PaddedLayer(layer, batch)
-
-    def _slots(self, new: int = 0, counts: list[int] | None = None, change: MaskChange | None = None) -> list[int]:
-        """Slots each row uses in the layer where they are most, after the compactions that `new` more tokens make necessary
-        and with what a mask's `change` adds; one number where all rows use as many."""
-        layers = [layer for layer in self._full_layers() if layer.is_initialized]
-        if not layers:
-            return [self.get_seq_length()]
-        slots = [max(numbers) for numbers in zip(*(layer.row_lengths(new, counts) for layer in layers), strict=True)]
-        return slots if change is None else [number + max(map(len, change.shown)) for number in slots]
-
-    def _make_room(self, new: int, batch: int, arrival: Arrival) -> None:
-        """Compact what is due before the new tokens come; from the first padding on, each row by itself."""
-        if not self.wired:
-            return
-        if arrival.real is not None:
-            self._hold_rows(batch)
-        layers = self._full_layers()
-        for layer in layers:
-            layer.accept()
-            if isinstance(layer, PaddedLayer) and arrival.counts is not None:
-                layer.split(arrival.counts)
-        if self.config.enable_adaptive_controller and self.config.controller_scope == "model":
-            self._plan_budgets(new, arrival)
-        for layer in layers:
-            if isinstance(layer, PaddedLayer):
-                layer.make_room(new, arrival.counts)
-            else:
-                layer.make_room(new)
-
     def _end_recording(self) -> None:
-        """Let layers settle as usual once no crop follows a pass any more: transformers leaves them recording."""
+        """Let passes count as usual once no crop follows one any more: transformers leaves the layers recording."""
+        if self.stream.open is not None:
+            self._settle()
+            self.stream.records_past = False
         for layer in self.layers:
-            if isinstance(layer, ADMSLayer):
-                if layer.waits:
-                    layer.accept()
-                    layer.record_past = False
-            elif (
-                getattr(layer, "record_past", False) and layer.is_initialized and layer.keys.shape[2] >= layer.sliding_window
-            ):
+            own = not isinstance(layer, ADMSLayer) and getattr(layer, "record_past", False)
+            if own and layer.is_initialized and layer.keys.shape[2] >= layer.sliding_window:
                 layer.crop(0)
                 layer.record_past = False
 
-    def _plan_budgets(self, new: int, arrival: Arrival) -> None:
-        """Let layers trade budget, where a compaction is due and enough was measured since the last time."""
-        layers = self._full_layers()
-        if not layers:
-            return
-        if not isinstance(layers[0], PaddedLayer):
-            if self._plan_is_due(layers[0], new) and can_plan(layers):
-                with self._broken_if_it_fails():
-                    plan_budgets(layers, measured_budgets(layers, self.ranks), self.layers_at_once)
-                self._plan_next(layers[0])
-            return
-        for cohort in list(layers[0].cohorts):
-            number = layers[0].cohorts.index(cohort)
-            count = new if arrival.counts is None else arrival.counts[cohort.rows[0]]
-            if self._plan_is_due(cohort.part, count):
-                parts = [layer.lend(layer.cohorts[number]) for layer in layers]
-                if can_plan(parts):
-                    with self._broken_if_it_fails():
-                        self._plan_rows(layers, number, measured_budgets(parts, self.ranks))
-                else:
-                    for layer in layers:
-                        layer.give_back(layer.cohorts[number])
-
-    def _plan_rows(self, layers: list[PaddedLayer], number: int, budgets: torch.Tensor) -> None:
-        """Put budgets in force for the rows of a cohort, lent to it; rows of different budgets are cohorts of their own."""
-        places: dict[tuple[int, ...], list[int]] = {}
-        for place, own in enumerate(budgets.tolist()):
-            places.setdefault(tuple(own), []).append(place)
-        divided = [layer.divide(number, list(places.values())) for layer in layers]
-        for cohorts, own in zip(zip(*divided, strict=True), places.values(), strict=True):
-            parts = [cohort.part for cohort in cohorts]
-            plan_budgets(parts, budgets[own], 1)
-            self._plan_next(parts[0])
-            for layer, cohort in zip(layers, cohorts, strict=True):
-                layer.give_back(cohort)
-
-    @contextlib.contextmanager
-    def _broken_if_it_fails(self) -> Iterator[None]:
-        """What concerns all layers at once is done for all of them or the cache says that it is not."""
-        self.broken = "moving budgets or positions, or hiding tokens, failed half way"
-        yield
-        self.broken = None
-
-    @staticmethod
-    def _plan_is_due(first: ADMSLayer, new: int) -> bool:
-        return first.is_initialized and first.will_compact(new) and first.rounds >= first.next_plan
-
-    @staticmethod
-    def _plan_next(first: ADMSLayer) -> None:
-        rounds = first.rounds - 1  # before the compaction that planning was
-        first.next_plan = min(2 * rounds, rounds + PLANNED_EVERY)
-
-    def _move_window(self, shifts: list[int], device: torch.device) -> None:
-        """Move everything held back by so many positions, row by row."""
-        with self._broken_if_it_fails():
-            for layer in self.layers:
-                if not layer.is_initialized:
-                    continue
-                batch = layer.buffer.keys.shape[0] if isinstance(layer, ADMSLayer) else layer.keys.shape[0]
-                shift = torch.tensor(shifts, device=device).expand(batch)
-                if isinstance(layer, ADMSLayer):
-                    layer.move_window(shift)
-                elif layer.keys.shape[2]:
-                    rope = getattr(layer, "rope", None)
-                    if rope is not None:
-                        layer.keys = rope.shift(layer.keys, -shift.view(-1, 1, 1).to(layer.keys.device))
-        self.window.move(shifts)
+    def _move_sliding(self, shifts: list[int], device: torch.device) -> None:
+        """Turn the keys of layers with a sliding window back by so many positions, row by row."""
+        for layer in self.layers if any(shifts) else ():
+            rope = getattr(layer, "rope", None)
+            if not isinstance(layer, ADMSLayer) and rope is not None and layer.is_initialized and layer.keys.shape[2]:
+                shift = torch.tensor(shifts, device=layer.keys.device).expand(layer.keys.shape[0])
+                layer.keys = rope.shift(layer.keys, -shift.view(-1, 1, 1))
 
     @unrecorded()
     def end_forward(self) -> None:
         """The forward pass went well. Raises `NonFiniteError` (and takes it back) where it brought NaN or infinity."""
-        layers = self._full_layers()
-        if layers and layers[0].is_initialized and layers[0].device.type != "cpu":
-            groups = {id(layer.group): layer.group for layer in layers if layer.group is not None}
-            bad = [flag for group in groups.values() for flag in group.newest_are_bad()]
-            bad += [layer.newest_are_bad() for layer in layers if layer.group is None and layer.is_initialized]
-            if bool(torch.stack([flag.to(bad[0].device) for flag in bad]).any()):
-                self.abort_forward()
-                raise NonFiniteError("key_states or value_states hold NaN or infinity; the cache takes finite numbers only")
-        for layer in self.layers:
-            if isinstance(layer, ADMSLayer):
-                layer.settle()
-            elif layer.is_initialized:
-                layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
-        if self._coming is not None:
-            self.seen_tokens.append(self._coming, self.get_seq_length())
-        self._arrival = self._before = self._room = self._coming = None
+        if self.stream.open is None:
+            return
+        self.stream.open.over = True
+        new = self.stream.open.arrival.new
+        try:
+            for layer in self.layers:
+                if not isinstance(layer, ADMSLayer) and layer.is_initialized:
+                    layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+            if self.stream.records_past:
+                self.stream.check()
+            else:
+                self.stream.commit()
+        except BaseException:
+            self.abort_forward()
+            raise
+        self._log_every_512(self.stream.seen, new)
+
+    def _committed(self, done: Pass) -> None:
+        """What the cache knows of a pass beside its tokens counts with it; where this fails nothing has changed."""
+        if done.extra["ids"] is not None:
+            seen = copy.deepcopy(self.seen_tokens)
+            seen.append(done.extra["ids"][:, : done.arrival.new], self.stream.seen - done.arrival.new)
+            self.seen_tokens = seen
+        self.padding = done.extra["padding"]
 
     @unrecorded()
     def abort_forward(self) -> None:
-        """The forward pass failed: take back what it appended, or mark the cache as unusable where that is impossible."""
-        before, room = self._before or [], self._room
-        self._arrival = self._before = self._room = self._coming = None
-        self.window.following = self._followed
-        if before:
-            self._forget_columns(before[0][0])
-        if self.broken:
-            return
-        self.broken = "a forward pass failed after some layers had compacted its tokens, or in the middle of a compaction"
-        for layer, (_, attributes) in zip(self.layers, before, strict=False):
+        """The forward pass failed: it has never been."""
+        done = self.stream.open
+        self.stream.abort()
+        for layer, attributes in zip(self.layers, () if done is None else done.extra["sliding"], strict=False):
             if attributes is not None:
                 vars(layer).clear()
                 vars(layer).update(attributes)
-        if not all([layer.roll_back() for layer in self._full_layers()]):
-            return
-        # A compaction that made room for the tokens stays. Layers it had not come to follow: all must be at one point.
-        if room is not None:
-            self._make_room(*room)
-        self.broken = None
 
-    def _take_back_unfinished(self) -> None:
+    def _drop_unfinished(self) -> None:
         # Python calls no hook after a KeyboardInterrupt in a forward pass: it is found here, at the next call.
-        if self._room is not None:
+        if self.stream.open is not None and not self.stream.open.over:
             self.abort_forward()
 
+    def _settle(self) -> None:
+        """Let a pass that only waited for a crop count; where that fails, it has never been."""
+        try:
+            self.stream.settle()
+        except BaseException:
+            self.abort_forward()
+            raise
+
+    @unrecorded()
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens of every layer; 0 settles what was tried out.
 
         Raises:
             ValueError: they are not all held exactly any more, in whichever layer; nothing has changed.
         """
-        self._take_back_unfinished()
+        self._drop_unfinished()
         gone = -tokens_to_remove
         if gone < 0:
             # Releases before 5.10 give the length to keep.
             gone = max(0, self.get_seq_length() - tokens_to_remove)
-        for layer in self.layers:
-            if isinstance(layer, ADMSLayer):
-                if layer.is_initialized:
-                    layer.check_crop(gone)
-            elif gone > _held_by_sliding(layer):
+        self.stream.check_crop(gone)
+        sliding = [layer for layer in self.layers if not isinstance(layer, ADMSLayer)]
+        for layer in sliding:
+            if gone > _held_by_sliding(layer):
                 raise ValueError(
                     f"crop({tokens_to_remove}) needs tokens that a layer with a sliding window has dropped; call "
                     "cache.activate_past_recording() before the pass that is to be taken back"
                 )
-        for layer in self.layers:
+        for layer in sliding:
             # Transformers' sliding layers refuse to be cropped by 0 where they record nothing.
-            if isinstance(layer, ADMSLayer) or gone or getattr(layer, "record_past", False):
+            if gone or getattr(layer, "record_past", False):
                 layer.crop(-gone)
-        self.window.remove(gone)
-        self._forget_columns(self.get_seq_length())
-        self.seen_tokens.remove(gone)
-
-    def _forget_columns(self, seen: int) -> None:
+        try:
+            self.stream.crop(gone)
+        except BaseException:
+            self.abort_forward()
+            raise
         if self.padding:
-            self.padding = with_columns(self.padding, seen, torch.ones(len(self.padding), 0))
+            self.padding = with_columns(self.padding, self.stream.seen, torch.ones(len(self.padding), 0, dtype=torch.bool))
+        self.seen_tokens.remove(max(0, self.seen_tokens.length - self.stream.seen))
 
     @property
     def held_one_by_one(self) -> int:
         """How many of the last tokens `crop` can take back."""
-        counts = [self.get_seq_length()]
-        for layer in self.layers:
-            if isinstance(layer, ADMSLayer):
-                counts += [layer.loose] if layer.is_initialized else []
-            else:
-                counts.append(_held_by_sliding(layer))
-        return min(counts)
+        sliding = (_held_by_sliding(layer) for layer in self.layers if not isinstance(layer, ADMSLayer))
+        return min([self.stream.croppable, *sliding])
 
     def activate_past_recording(self) -> None:
         """Passes count only with the next `crop` or pass from now on; see `ADMSLayer.activate_past_recording`."""
@@ -580,35 +438,31 @@ class ADMSKVCache(
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row `i` of every layer becomes what row `beam_idx[i]` was."""
-        self._take_rows(rows_at(beam_idx), "reorder_cache", beam_idx)
+        self._pick_rows(lambda layer: layer.reorder_cache(beam_idx), beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times, one after the other."""
-        self._take_rows(lambda rows: rows.repeat_interleave(repeats), "batch_repeat_interleave", repeats)
+        rows = torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats)
+        self._pick_rows(lambda layer: layer.batch_repeat_interleave(repeats), rows)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Only the rows `indices`."""
-        self._take_rows(rows_at(indices), "batch_select_indices", indices)
+        self._pick_rows(lambda layer: layer.batch_select_indices(indices), indices)
 
-    def _take_rows(self, chosen: Callable[[torch.Tensor], torch.Tensor], name: str, argument: Any) -> None:
-        """Keep the rows that `chosen` gives; layers of a group together, each other one by its method `name`."""
-        self._take_back_unfinished()
-        batch = self.batch_size
-        groups = whole_groups(self._full_layers())
-        for group in groups:
-            group.take_rows(chosen)
-        grouped = {id(layer) for group in groups for layer in group.layers}
+    @unrecorded()
+    def _pick_rows(self, sliding: Callable[[Any], None], indices: Any) -> None:
+        self._drop_unfinished()
+        self._settle()
+        if self.stream.batch is None:
+            return
         for layer in self.layers:
-            if id(layer) not in grouped:
-                getattr(layer, name)(argument)
-        rows = max(len(self.window.offsets), len(self.window.following or ()), len(self.padding))
-        if rows > 1:
-            order = chosen(torch.arange(rows)).tolist()
-            self.window.pick(order)
-            self.padding = [self.padding[row] for row in order] if self.padding else []
-        if batch > 0:
-            # As it was given: on an accelerator it is not asked for now.
-            self.seen_tokens.pick(chosen(torch.arange(batch)) if name == "batch_repeat_interleave" else argument)
+            if not isinstance(layer, ADMSLayer):
+                sliding(layer)
+        at = indices.cpu() if isinstance(indices, torch.Tensor) else indices
+        order = torch.arange(self.stream.batch)[at].tolist()
+        self.stream.pick(order)
+        self.padding = [self.padding[row] for row in order] if self.padding else []
+        self.seen_tokens.pick(indices)
 
     @property
     def config(self) -> ADMSConfig:
@@ -642,13 +496,11 @@ class ADMSKVCache(
                     f"past_key_values[{number}] must be a (key, value) pair of [batch, kv_heads, tokens, head_dim] tensors"
                 )
             keys, values = pair
-            layer = _layer(self.config, wired=False)
             if keys.shape[2] <= self.dynamic_start_size + self.middle_allocation + self.recent_size:
                 compacted.append((keys, values))
                 continue
-            layer.update(keys, values)
-            layer.compact()
-            compacted.append((layer.keys, layer.values))
+            stream = Stream(_without_log_mass(self.config), wired=False)
+            compacted.append(stream.compacted(keys, values))
         self._length_override = past_key_values[0][0].shape[2] if past_key_values else None
         return compacted
 
@@ -693,7 +545,8 @@ class ADMSKVCache(
     @property
     def held_tokens(self) -> int:
         """Most tokens any row holds now, per head: of any layer, averaged over what shares a total where budgets differ."""
-        counts = [layer.held_tokens().cpu() for layer in self._full_layers() if layer.is_initialized]
+        layers = (layer for layer in self._full_layers() if layer.is_initialized or self.stream.part_of(layer.number))
+        counts = [layer.held_tokens().cpu() for layer in layers]
         if not counts:
             return 0
         counts = torch.stack(counts)
@@ -709,31 +562,27 @@ class ADMSKVCache(
         """Bytes by use: `attended` (tokens and their bookkeeping), `query_window`, `originals` (outside the attended set),
         `modules` (what calibration, controller and replay remember), `sliding` (transformers' own layers)."""
         report = {"attended": 0, "query_window": 0, "originals": 0, "modules": 0, "sliding": 0}
+        for stack in self.stream.stacks:
+            for use, size in stack.nbytes.items():
+                report[use] += size
         for layer in self.layers:
-            if isinstance(layer, ADMSLayer):
-                report["originals"] += layer.original_nbytes
-                report["modules"] += layer.state_nbytes
-                report["attended"] += layer.nbytes - layer.query_nbytes - layer.original_nbytes - layer.state_nbytes
-                report["query_window"] += layer.query_nbytes
-            elif layer.is_initialized:
+            if not isinstance(layer, ADMSLayer) and layer.is_initialized:
                 report["sliding"] += sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
         return report
 
     @property
     def profile(self) -> bool:
         """Whether `compaction_seconds` is counted."""
-        return self._profile
+        return self.stream.clock.running
 
     @profile.setter
     def profile(self, value: bool) -> None:
-        self._profile = bool(value)
-        for layer in self._full_layers():
-            layer.profile = self._profile
+        self.stream.clock.running = bool(value)
 
     @property
     def compaction_seconds(self) -> float:
         """Seconds spent on scoring and compaction since the cache was made, while `profile` was on."""
-        return sum(layer.compaction_seconds for layer in self._full_layers())
+        return self.stream.clock.seconds
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(seen={self.get_seq_length()}, layers={len(self.layers)}, config={self.config})"

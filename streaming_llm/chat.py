@@ -230,7 +230,7 @@ class Chat:
 
     @torch.no_grad()
     def _feed(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Logits `[1, vocab]` after `tokens`. Where the pass fails, the cache is as it was or says that it is broken."""
+        """Logits `[1, vocab]` after `tokens`. Where the pass fails, the cache is as it was."""
         ids = torch.tensor([tokens], device=self.model.device)
         try:
             # `generate` can't be used: given new tokens only, it wants a mask as long as the stream, or slices them.

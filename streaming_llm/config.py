@@ -49,7 +49,9 @@ ORIGINAL_BYTES = 3 * 4 + 2 * 8
 # Beside a key kept as it was before any move: its position (float32).
 EXACT_BYTES = 4
 # Per head: the controller's and replay's state, and what the calibration keeps beside its anchors.
-CONTROLLER_BYTES, REPLAY_BYTES, CALIBRATION_BYTES = 2 * 4 + 2 * 8, 4 + 8, 8 + 2 * 4 + 1
+CONTROLLER_BYTES, REPLAY_BYTES, CALIBRATION_BYTES, VARIANCE_BYTES = 2 * 4 + 2 * 8, 4 + 8, 8 + 2 * 4 + 1, 4 + 2 * 8
+# Queries kept for a move of positions, after which no merged token may draw more of them than before.
+MOVE_QUERIES = 16
 # Originals a head keeps for replay, as a multiple of `replay_budget`.
 REPLAY_BANK = 4
 
@@ -280,12 +282,18 @@ class ADMSConfig:
         return self.dynamic_start_size + self.widest_middle + self.recent_size + self.compression_interval
 
     @property
-    def query_slots(self) -> int:
-        """Queries a layer stores per query head: those since the last compaction, and the window if a fit needs it."""
+    def kept_queries(self) -> int:
+        """Queries a layer keeps from before the last compaction: for a fit, or to hold against a move of positions."""
         if self.middle_allocation == 0:
             return 0
-        window = self.attention_window if get_compressor(self.compressor_type).needs_queries else 0
-        return window + self.compression_interval
+        if get_compressor(self.compressor_type).needs_queries:
+            return self.attention_window
+        return 0 if self.positions == "absolute" else min(MOVE_QUERIES, self.compression_interval)
+
+    @property
+    def query_slots(self) -> int:
+        """Queries a layer stores per query head: those since the last compaction, and those kept from before it."""
+        return self.kept_queries + self.compression_interval if self.middle_allocation else 0
 
     def memory_bytes(self, model_config: Any, dtype: Any = None, batch_size: int = 1, moved: bool = False) -> int:
         """Bytes the cache of one model takes once every buffer exists, everything included.
@@ -308,6 +316,7 @@ class ADMSConfig:
         original = shape.head_dim * 2 * shape.itemsize + ORIGINAL_BYTES + exact
         modules = 2 * 4 * self.calibration_window + CALIBRATION_BYTES if self.enable_position_calibration else 0
         modules += CONTROLLER_BYTES * self.enable_adaptive_controller + REPLAY_BYTES * bool(self.replay_budget)
+        modules += VARIANCE_BYTES * self.use_adaptive_budget
         head = self.buffer_tokens * token + queries + self.original_slots * original + modules
         full = shape.full_layers * shape.kv_heads * head
         sliding = shape.sliding_tokens * shape.kv_heads * shape.head_dim * 2 * shape.itemsize

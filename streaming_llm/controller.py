@@ -165,7 +165,7 @@ class ControllerMixin:
             raise ValueError(f"base_budget={base_budget!r} must be a whole number, at least 1")
         config = self.config
         own = self._head_state("controller", layer_idx, head_idx)
-        layer = self.layers[layer_idx].controller
+        layer = self._layer_state("controller", layer_idx)
         energy = group_mean(layer.energy[:1], layer.measured[:1], config.controller_group_size)
         mass = group_mean(layer.mass[:1], layer.measured[:1], config.controller_group_size)
         measured = group_mean((layer.measured[:1] > 0).float(), layer.measured[:1], config.controller_group_size)

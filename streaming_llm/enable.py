@@ -16,11 +16,10 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from .attention import BASES, SDPA_ITSELF, AttendedKeys, WiredConfig, register
 from .cache import ADMSKVCache
 from .config import MODULE_BUDGETS, ADMSConfig
-from .group import CPU_LAYERS
 from .model_facts import cache_argument
 from .parallel import Ranks
-from .positions import PositionWindow
 from .rope import Rope, restore_frequencies, rope_layers
+from .stream.positions import PositionWindow
 from .wrappers import find_decoder, open_model
 
 # Model types whose attention was tested with the cache (tests/test_families.py holds the list to its word).
@@ -44,6 +43,9 @@ _LEARNED_POSITIONS = ("gpt2",)
 # Model types that have generate go on without the cache given, unseen, once a stream passes the config's
 # original_max_position_embeddings, whether or not their RoPE changes there.
 _CACHE_DROPPED = ("phi3",)
+# Layers compacted in one call on a CPU: as many as stay in its caches. On an accelerator a compaction is bound by the number
+# of kernels, not by their size: all go at once.
+_CPU_LAYERS = 8
 _STATE = "_adms_wiring"
 # Threads may enable one model at the same time: it is wired once.
 _WIRING = threading.RLock()
@@ -236,7 +238,7 @@ def _layers_at_once(model: PreTrainedModel) -> int:
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1 or getattr(model, "hf_device_map", None):
         return 1
-    return CPU_LAYERS if model.device.type == "cpu" else model.config.get_text_config().num_hidden_layers
+    return _CPU_LAYERS if model.device.type == "cpu" else model.config.get_text_config().num_hidden_layers
 
 
 def wire(model: PreTrainedModel, cache: ADMSKVCache) -> None:

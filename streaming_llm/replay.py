@@ -126,10 +126,10 @@ class ReplayMixin:
     @property
     def replay_bank(self) -> HeadView:
         """Per (layer, head): the last `4 * replay_budget` originals, oldest first: `keys`, `values`, `positions`."""
-        return HeadView("replay_bank", self._state_heads("originals", "replay_hand"), self._read_replay)
+        return HeadView("replay_bank", self._state_heads("replay"), self._read_replay)
 
     def _read_replay(self, layer: int, row: int, head: int) -> dict[str, torch.Tensor] | None:
-        bank = self._replay_originals(layer, row, head)
+        bank = self._peek_state("replay", layer, row, head)
         if bank is None or self.config.replay_budget == 0 or not bool(bank.valid.any()):
             return None
         index, picked = top_slots(bank.order.double(), bank.valid, min(REPLAY_BANK * self.config.replay_budget, bank.slots))

@@ -118,8 +118,10 @@ class SeenTokens:
             self.chunks = [torch.cat(self.chunks, dim=1)[order.cpu()]]
         if newest:
             self.chunks.append(torch.cat(newest, dim=1).cpu())
-        if len(self.chunks) > WAITING:
-            self.chunks = [torch.cat(self.chunks, dim=1)]
+        # Each chunk stays longer than the next: of n columns there are log(n), and each id is copied as often.
+        while len(self.chunks) > 1 and self.chunks[-1].shape[1] >= self.chunks[-2].shape[1]:
+            newest = self.chunks.pop()
+            self.chunks[-1] = torch.cat([self.chunks[-1], newest], dim=1)
         self.waiting = []
 
 
@@ -163,7 +165,8 @@ class SeenMixin:
                 f"input_ids of shape {list(input_ids.shape)} and attention_mask of shape {list(shape)} must both be "
                 "[batch, tokens] of the whole text"
             )
-        self._take_back_unfinished()
+        self._drop_unfinished()
+        self._settle()
         seen, tokens = self.get_seq_length(), self.seen_tokens
         if not seen:
             return input_ids, attention_mask

@@ -1,7 +1,7 @@
 """A conversation kept in a file: the cache's whole state as safetensors, so that another process goes on to the bit.
 
 Tensors lie under dotted names; the plain part is JSON in the file's metadata, with a checksum over both. Loading runs no
-code from the file. What of a layer is state says `ADMSLayer.KEPT`; here only its kinds of values are known.
+code from the file. What is state say the fields of a `Stack`; here only their kinds of values are known.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import json
 import os
 import uuid
@@ -19,13 +20,16 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .by_hand import HandState
+from .compaction.counts import Counts
+from .compaction.memory import Memory
 from .config import ADMSConfig
-from .group import LayerGroup, whole_groups
 from .layer import ADMSLayer
 from .model_facts import UsedModel, describe_model, differences, layer_devices, model_differences
-from .rows import Cohort, PaddedLayer
 from .seen import SeenTokens
 from .state import HeadState
+from .store.stack import Row, Stack
+from .stream.trading import joined
 from .tokens import WeightedTokens
 
 if TYPE_CHECKING:
@@ -33,39 +37,20 @@ if TYPE_CHECKING:
 
     from .cache import ADMSKVCache
 
-FORMAT, VERSION = "adms-session", "2"
+FORMAT, VERSION = "adms-session", "3"
 
-# Of these only the first slots are in use: what counts them, and the dimension they are in.
-_PARTLY_USED = {"buffer": ("length", 2), "query_buffer": ("query_slots_used", 3)}
+# What a cache holds beside its stream that is saved with it.
+_KEPT = ("padding", "_length_override", "seen_tokens", "_hand", "_hand_counts", "_variances")
+# What a stream holds beside its stacks and positions, likewise.
+_STREAM_KEPT = ("next_trades", "records_past", "cut")
+# Of a stack, what the model that loads it tells anew; of its tokens and queries only the slots in use are saved.
+_TOLD_ANEW = ("config", "rope")
 # What transformers' own sliding layers remember beside keys and values.
 _SLIDING = ("cumulative_length", "record_past")
 
 
 class SessionMixin:
     """`save` and `load` of the cache."""
-
-    # Names of what a cache holds beside its layers that is saved with it, and of what is not.
-    KEPT = ("padding", "_length_override", "_hand_counts", "_variances", "seen_tokens")
-    TRANSIENT = (
-        "_config",
-        "wired",
-        "layers_at_once",
-        "broken",
-        "used_model",
-        "window",
-        "ropes",
-        "ranks",
-        "keys_as",
-        "_arrival",
-        "_followed",
-        "_before",
-        "_room",
-        "_coming",
-        "_told_rewound",
-        "outer_mask",
-        "_told_unwired",
-        "_profile",
-    )
 
     used_model: UsedModel | None
 
@@ -80,7 +65,7 @@ class SessionMixin:
 
         Raises:
             ValueError: a cache that `enable_adms_llm` did not make, or a path that can't be.
-            RuntimeError: a cache that can't be used any more, or in the middle of a forward pass.
+            RuntimeError: in the middle of a forward pass.
             OSError: the file can't be written.
         """
         target = _checked_path(path)
@@ -90,22 +75,23 @@ class SessionMixin:
             raise FileNotFoundError(f"path={str(path)!r}: there is no folder {str(target.parent)!r}")
         if not self.wired or self.used_model is None:
             raise ValueError("the cache can't be saved: it knows of no model. Only one that enable_adms_llm made can be")
-        if self.broken:
-            raise RuntimeError(f"the cache can't be saved: {self.broken}")
-        for layer in self._full_layers():
-            layer.accept()
-        if self._arrival is not None or any(layer.overflow is not None for layer in self._full_layers()):
+        self._settle()
+        stream = self.stream
+        if stream.open is not None:
             raise RuntimeError("the cache can't be saved in the middle of a forward pass")
         tensors: dict[str, torch.Tensor] = {}
-        numbers = {id(layer): number for number, layer in enumerate(self.layers)}
+        sliding = {i: layer for i, layer in enumerate(self.layers) if not isinstance(layer, ADMSLayer)}
         session = json.dumps(
             {
                 "model": self.used_model.describe(),
                 "settings": self.config.to_dict(),
                 "positions": {"offsets": self.window.offsets, "following": self.window.following},
-                "cache": {name: _encode(getattr(self, name), f"cache.{name}", tensors) for name in self.KEPT},
-                "layers": [_encode_layer(layer, f"layers.{i}", tensors) for i, layer in enumerate(self.layers)],
-                "groups": [[numbers[id(layer)] for layer in group.layers] for group in whole_groups(self._full_layers())],
+                "cache": {name: _encode(getattr(self, name), f"cache.{name}", tensors) for name in _KEPT},
+                "layers": len(self.layers),
+                "stream": {name: _encode(getattr(stream, name), f"stream.{name}", tensors) for name in _STREAM_KEPT},
+                "fallbacks": _encode(stream.compressor.fallbacks, "fallbacks", tensors),
+                "stacks": [_encode_stack(stack, f"stacks.{i}", tensors) for i, stack in enumerate(stream.stacks)],
+                "sliding": {i: _encode_sliding(layer, f"sliding.{i}", tensors) for i, layer in sliding.items()},
             }
         )
         metadata = {"format": FORMAT, "version": VERSION, "session": session, "checksum": _checksum(session, tensors)}
@@ -160,7 +146,8 @@ def _checked_path(path: str | os.PathLike) -> Path:
 
 def _kinds() -> dict[str, type]:
     """Dataclasses of tensors by name."""
-    return {kind.__name__: kind for kind in (WeightedTokens, SeenTokens, *HeadState.__subclasses__())}
+    kinds = (WeightedTokens, Memory, Counts, HandState, Row, SeenTokens, *HeadState.__subclasses__())
+    return {kind.__name__: kind for kind in kinds}
 
 
 def _encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
@@ -171,6 +158,8 @@ def _encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
         # A copy: safetensors takes no two tensors of one storage.
         tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         return {"kind": "tensor", "name": name}
+    if isinstance(value, Row):
+        return {"kind": "Row", "fields": value._asdict()}
     if type(value) in (list, tuple):
         return {
             "kind": type(value).__name__,
@@ -203,93 +192,79 @@ def _decode(node: Any, tensors: dict[str, torch.Tensor], device: torch.device) -
     return _kinds()[kind](**{name: _decode(field, tensors, device) for name, field in node["fields"].items()})
 
 
-# -- layers ----------------------------------------------------------------------------------------------------------------
+def _strange(node: Any) -> set[str]:
+    """Kinds and fields of what `_encode` gave that only one of the file and this release knows."""
+    if isinstance(node, list):
+        return set().union(*map(_strange, node))
+    if not isinstance(node, dict):
+        return set()
+    strange, kind = set().union(*map(_strange, node.values())), node.get("kind")
+    if "fields" in node:
+        known = _kinds().get(kind)
+        strange |= {kind} if known is None else set(inspect.signature(known).parameters) ^ set(node["fields"])
+    return strange
 
 
-def _encode_layer(layer: Any, prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """A layer's state; of buffers only what is in use."""
-    if not isinstance(layer, ADMSLayer):
-        state = {name: getattr(layer, name, False) for name in _SLIDING}
-        if layer.is_initialized:
-            state |= {"keys": layer.keys, "values": layer.values}
-        return {name: _encode(value, f"{prefix}.{name}", tensors) for name, value in state.items()}
-    state = {name: getattr(layer, name) for name in layer.KEPT}
-    slots, rows = {}, {}
-    if isinstance(layer, PaddedLayer):
-        # What is free in its buffers differs from row to row.
-        rows["cohorts"] = [
-            {"rows": cohort.rows, "part": _encode_layer(cohort.part, f"{prefix}.cohorts.{i}", tensors)}
-            for i, cohort in enumerate(state.pop("cohorts"))
-        ]
-    for name, (count, dim) in () if rows else _PARTLY_USED.items():
-        whole, used = state.get(name), getattr(layer, count)
-        if isinstance(whole, WeightedTokens):
-            slots[name], state[name] = whole.length, whole.slice(0, used)
-        elif whole is not None:
-            slots[name], state[name] = whole.shape[dim], whole.narrow(dim, 0, used)
-    state |= {"slots": slots, "fallbacks": layer.compressor.fallbacks}
-    return rows | {name: _encode(value, f"{prefix}.{name}", tensors) for name, value in state.items()}
+# -- stacks ----------------------------------------------------------------------------------------------------------------
 
 
-def _restore_layer(layer: Any, nodes: dict[str, Any], tensors: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Give a new layer the state that `_encode_layer` took."""
-    if not isinstance(layer, ADMSLayer):
-        state = {name: _decode(node, tensors, device) for name, node in nodes.items()}
-        if "keys" in state:
-            layer.lazy_initialization(state["keys"], state["values"])
-        for name, value in state.items():
-            setattr(layer, name, value)
-        return
-    nodes = dict(nodes)
-    cohorts = nodes.pop("cohorts", [])
-    state = {name: _decode(node, tensors, device) for name, node in nodes.items()}
-    slots, layer.compressor.fallbacks = state.pop("slots"), state.pop("fallbacks")
-    for name, value in state.items():
-        setattr(layer, name, _full_size(name, value, slots[name]) if name in slots else value)
-    if isinstance(layer, PaddedLayer):
-        layer.cohorts = []
-        for saved in cohorts:
-            part = layer.unpadded()
-            _restore_layer(part, saved["part"], tensors, device)
-            part.dtype, part.device = layer.buffer.keys.dtype, device
-            layer.cohorts.append(Cohort(saved["rows"], part))
-    if layer.is_initialized and layer.buffer is not None:
-        layer.dtype, layer.device, layer.group = layer.buffer.keys.dtype, device, None
+def _encode_stack(stack: Stack, prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """A stack, of its buffers only what is in use."""
+    fields = {item.name: getattr(stack, item.name) for item in dataclasses.fields(stack) if item.name not in _TOLD_ANEW}
+    slots = fields["tokens"].length
+    fields["tokens"] = stack.tokens.slice(0, stack.columns)
+    if stack.queries is not None:
+        fields["queries"] = stack.queries[:, :, :, : max(row.queries for row in stack.rows)]
+    return {"slots": slots} | {name: _encode(value, f"{prefix}.{name}", tensors) for name, value in fields.items()}
 
 
-def _full_size(name: str, used: Any, slots: int) -> Any:
-    """A buffer of `slots` slots whose first are `used`."""
-    if isinstance(used, WeightedTokens):
-        buffer = WeightedTokens.empty(used.keys, used.values, slots, exact=used.exact)
-        buffer.refresh(0, slots)
-        buffer.write(0, used)
-        return buffer
-    dim = _PARTLY_USED[name][1]
-    buffer = used.new_zeros(*used.shape[:dim], slots, *used.shape[dim + 1 :])
-    buffer.narrow(dim, 0, used.shape[dim]).copy_(used)
-    return buffer
+def _decode_stack(
+    cache: ADMSKVCache, nodes: dict[str, Any], tensors: dict[str, torch.Tensor], devices: list[torch.device]
+) -> list[Stack]:
+    """The stack that `_encode_stack` took, on the devices of its layers; as several where these differ."""
+    cpu, stream = torch.device("cpu"), cache.stream
+    fields = {name: _decode(node, tensors, cpu) for name, node in nodes.items() if name != "slots"}
+    first = fields["layers"][0]
+    stack = Stack(config=stream.config, rope=cache.layers[first].rope, **fields)
+    stack.tokens = stack.tokens.widened(nodes["slots"])
+    if stack.queries is not None:
+        missing = stream.config.query_slots - stack.queries.shape[3]
+        stack.queries = torch.nn.functional.pad(stack.queries, (0, 0, 0, missing))
+    parts = [stack.single(layer).to(devices[layer] if layer < len(devices) else cpu) for layer in stack.layers]
+    if len({part.device for part in parts}) == 1 and len(parts) <= stream.layers_at_once:
+        return [Stack.join(parts)]
+    return joined(parts, stream.layers_at_once)
+
+
+def _encode_sliding(layer: Any, prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What one of transformers' own layers with a sliding window holds."""
+    state = {name: getattr(layer, name, False) for name in _SLIDING}
+    if layer.is_initialized:
+        state |= {"keys": layer.keys, "values": layer.values}
+    return {name: _encode(value, f"{prefix}.{name}", tensors) for name, value in state.items()}
 
 
 def _restore(
     cache: ADMSKVCache, saved: dict[str, Any], tensors: dict[str, torch.Tensor], devices: list[torch.device]
 ) -> None:
     """Give a new cache what was saved."""
-    cpu = torch.device("cpu")
-    for name in cache.KEPT:
+    cpu, stream = torch.device("cpu"), cache.stream
+    for name in _KEPT:
         setattr(cache, name, _decode(saved["cache"][name], tensors, cpu))
     # Parts called by hand may have made more layers than the model has; what they hold was never on its device.
-    cache._make_layers(len(saved["layers"]) - 1)
-    cache.window.offsets, cache.window.following = saved["positions"]["offsets"], saved["positions"]["following"]
-    for i, nodes in enumerate(saved["layers"]):
-        if "cohorts" in nodes:
-            cache.layers[i] = PaddedLayer(cache.layers[i], 0)
-        layer = cache.layers[i]
-        by_hand = i >= len(devices) or not nodes.get("is_initialized", True)
-        _restore_layer(layer, nodes, tensors, cpu if by_hand else devices[i])
-    for numbers in saved["groups"]:
-        members = [cache.layers[i] for i in numbers]
-        if cache.layers_at_once > 1 and len({layer.device for layer in members}) == 1:
-            LayerGroup.of(members)
+    cache._make_layers(saved["layers"] - 1)
+    stream.window.offsets, stream.window.following = saved["positions"]["offsets"], saved["positions"]["following"]
+    for name in _STREAM_KEPT:
+        setattr(stream, name, _decode(saved["stream"][name], tensors, cpu))
+    stream.compressor.fallbacks = _decode(saved["fallbacks"], tensors, cpu)
+    stream.stacks = [part for nodes in saved["stacks"] for part in _decode_stack(cache, nodes, tensors, devices)]
+    for name, nodes in saved["sliding"].items():
+        layer, state = cache.layers[int(name)], {}
+        for key, node in nodes.items():
+            state[key] = _decode(node, tensors, devices[int(name)])
+        if "keys" in state:
+            layer.lazy_initialization(state["keys"], state["values"])
+        vars(layer).update(state)
 
 
 # -- the file --------------------------------------------------------------------------------------------------------------
@@ -342,11 +317,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     if metadata.get("checksum") != _checksum(session, tensors):
         raise ValueError(f"{wrong}: its checksum is wrong")
     saved = json.loads(session)
-    strange = set(saved["cache"]) ^ set(SessionMixin.KEPT)
-    for nodes in saved["layers"]:
-        if "cumulative_length" not in nodes:
-            kept = PaddedLayer.KEPT if "cohorts" in nodes else ADMSLayer.KEPT
-            strange |= set(nodes) ^ {*kept, "slots", "fallbacks"}
+    strange = set(saved["cache"]) ^ set(_KEPT) | set(saved["stream"]) ^ set(_STREAM_KEPT)
+    known = {item.name for item in dataclasses.fields(Stack)} - set(_TOLD_ANEW) | {"slots"}
+    for nodes in saved["stacks"]:
+        strange |= set(nodes) ^ known
+    strange |= _strange([saved["cache"], saved["stacks"]])
     if strange:
         raise ValueError(
             f"path={str(path)!r} was saved by another release of this package: only one of them knows "

@@ -22,13 +22,13 @@ class StatsMixin:
         `total_replay_tokens` the originals of replays, `total_calibrations` fits that placed made tokens,
         `total_budget_adjustments` changes of a head's budget by the controller. Calls of the parts by hand count too.
         """
-        layers = self._full_layers()
+        counts = [stack.counts for stack in self.stream.stacks]
 
         def total(name: str) -> int:
-            return sum(int(getattr(layer, name)) for layer in layers) + self._hand_counts.get(name, 0)
+            return sum(int(getattr(count, name)) for count in counts) + self._hand_counts.get(name, 0)
 
         return {
-            "total_compressions": total("compressions"),
+            "total_compressions": total("head_compactions"),
             "total_exact_kept": total("kept_exact"),
             "total_compressed_kept": total("kept_compressed"),
             "total_middle_dropped": total("dropped"),

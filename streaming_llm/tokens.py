@@ -11,6 +11,8 @@ import torch
 UNUSED, EXACT, PRECISION, SKETCH, REPLAY, SINK, RECENT = range(7)
 # A log-mass that is none, for a token that was changed: one of exactly 0 says that it is the text's own, to the bit.
 CHANGED = 1e-7
+# What an untouched token has in its fields, where that is not 0.
+_UNTOUCHED = {"count": 1, "tier": RECENT}
 TIER_NAMES = {EXACT: "exact", PRECISION: "precision", SKETCH: "sketch", REPLAY: "replay", SINK: "sink", RECENT: "recent"}
 
 
@@ -163,6 +165,22 @@ class WeightedTokens:
             self.exact_keys[:, :, start:stop] = keys
             self.exact_pos[:, :, start:stop] = pos
 
+    def widened(self, slots: int) -> WeightedTokens:
+        """A copy with `slots` slots; those behind these are as those of untouched tokens."""
+        copies, length = {}, min(slots, self.length)
+        for name, tensor in self.tensors().items():
+            copy = tensor.new_empty(*tensor.shape[:2], slots, *tensor.shape[3:])
+            copy[:, :, :length] = tensor[:, :, :length]
+            copy[:, :, length:] = _UNTOUCHED.get(name, 0)
+            copies[name] = copy
+        return WeightedTokens(**copies)
+
+    def cleared(self, free: torch.Tensor) -> WeightedTokens:
+        """The same tokens, the slots where `free` is True with the bookkeeping of untouched ones."""
+        fields = ("beta", "score", "mass", "square", "count", "tier")
+        filled = {name: getattr(self, name).masked_fill(free, _UNTOUCHED.get(name, 0)) for name in fields}
+        return dataclasses.replace(self, **filled)
+
     def refresh(self, start: int, stop: int) -> None:
         """Give the slots from `start` to `stop` the bookkeeping of untouched tokens, in place."""
         for name in ("beta", "score", "mass", "square"):
@@ -177,6 +195,18 @@ class WeightedTokens:
         for name in ("count", "tier"):
             getattr(self, name)[:, :, start:stop].masked_fill_(hidden, 0)
 
+    def with_slots(self, index: torch.Tensor, picked: torch.Tensor, tokens: WeightedTokens) -> WeightedTokens:
+        """The same with `tokens [batch, kv_heads, n, ...]` in the slots `index [batch, kv_heads, n]`, where `picked`."""
+
+        def put(name: str, own: torch.Tensor) -> torch.Tensor:
+            new = tokens.field(name).to(own.dtype)
+            if own.dim() == 3:
+                return own.scatter(2, index, torch.where(picked, new, own.gather(2, index)))
+            at = index[..., None].expand(*index.shape, own.shape[-1])
+            return own.scatter(2, at, torch.where(picked[..., None], new, own.gather(2, at)))
+
+        return WeightedTokens(**{name: put(name, own) for name, own in self.tensors().items()})
+
     def where_valid(self, keep: torch.Tensor) -> WeightedTokens:
         """These tokens with the slots where `keep [batch, kv_heads, tokens]` is False marked unused."""
         return dataclasses.replace(
@@ -190,8 +220,8 @@ class WeightedTokens:
         )
 
 
-def lighten(tokens: WeightedTokens, lighter: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Lower log-masses, in place: what tokens weigh beyond themselves becomes less, and the masses with it.
+def lightened(tokens: WeightedTokens, lighter: Callable[[torch.Tensor], torch.Tensor]) -> WeightedTokens:
+    """The tokens with lower log-masses: what they weigh beyond themselves becomes less, and the masses with it.
 
     Args:
         tokens: those with a log-mass above 0 are changed, and none of them below `CHANGED`.
@@ -199,9 +229,7 @@ def lighten(tokens: WeightedTokens, lighter: Callable[[torch.Tensor], torch.Tens
     """
     beta = torch.where(tokens.beta > CHANGED, lighter(tokens.beta).clamp_min(CHANGED), tokens.beta)
     share = torch.where(tokens.valid, beta - tokens.beta, 0.0).exp()
-    tokens.beta.copy_(beta)
-    tokens.mass.mul_(share)
-    tokens.square.mul_(share.square())
+    return dataclasses.replace(tokens, beta=beta, mass=tokens.mass * share, square=tokens.square * share.square())
 
 
 def as_held(states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -120,3 +120,8 @@ def random_queries(tokens: int, batch: int = 1, heads: int = 2, groups: int = 2,
     """Seeded random queries as an attention function gets them, `[batch, heads * groups, tokens, dim]`."""
     generator = torch.Generator().manual_seed(seed)
     return 2 * torch.randn(batch, heads * groups, tokens, dim, generator=generator)
+
+
+def memory_of(layer):
+    """What the modules remember of one layer of a cache: a `Memory` of views `[batch, kv_heads, ...]`."""
+    return layer.stack.memory.map(lambda tensor: layer.stack.of_layer(layer.number, tensor))

@@ -34,7 +34,7 @@ def say(model) -> dict[str, list[int]]:
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, past_key_values=cache
         )
         said[name] = whole[0, tokens:].tolist()
-        assert cache.layers[0].compacted == (tokens > 10)
+        assert cache.layers[0].stack.compacted == (tokens > 10)
     return said
 
 

@@ -21,10 +21,14 @@ from streaming_llm import ADMSConfig
 
 # Relative difference below which float32 may order two numbers otherwise than float64.
 TIE = 1e-5
-# What the description gives numbers for: `layer._PREFILL_STEP`, `merge._FAINT`, `low_rank._RIDGE` and `_ITERATIONS`.
+# What the description gives numbers for: `upkeep._PREFILL_STEP`, `merge._FAINT`, `low_rank._RIDGE` and `_ITERATIONS`.
 PREFILL_STEP, FAINT, RIDGE, ITERATIONS = 4, 0.1, 0.01, 2
+# `config.MOVE_QUERIES`: of the queries from before a compaction so many are kept for a move of positions.
+MOVE_QUERIES = 16
 # `low_rank._ROUNDING`: the least the ridge is, as a part of the keys' mean square; felt only where keys do not differ.
 ROUNDING = 2.0**-23
+# `merge._TINY`: what a token that others join is taken to draw at least.
+TINY = 1e-12
 # `tokens.CHANGED`: the least a token that was given a log-mass keeps of it.
 CHANGED = 1e-7
 NAME = "plain_reference"
@@ -91,16 +95,17 @@ def merge(
             margins.append((distances[1][0] - distances[0][0]) / size)
     result = []
     for kept, joined in members.items():
-        total = sum(masses[slot] for slot in joined)
-        value = [sum(masses[slot] * values[slot][d] for slot in joined) / total for d in range(len(values[kept]))]
+        parts = {slot: max(masses[slot], TINY) if slot == kept else masses[slot] for slot in joined}
+        total = sum(parts.values())
+        value = [sum(part * values[slot][d] for slot, part in parts.items()) / total for d in range(len(values[kept]))]
         result.append(
             {
                 "slot": kept,
                 "key": keys[kept],
                 "value": value if len(joined) > 1 else values[kept],
-                "beta": betas[kept] + math.log(total / masses[kept]) if len(joined) > 1 else betas[kept],
+                "beta": betas[kept] + math.log(total / parts[kept]) if len(joined) > 1 else betas[kept],
                 "count": sum(counts[slot] for slot in joined),
-                "mass": total,
+                "mass": total if len(joined) > 1 else masses[kept],
                 "members": joined,
             }
         )
@@ -215,23 +220,25 @@ def probabilities(query: torch.Tensor, tokens: list[dict], scale: float, softcap
 
 
 class PlainHead:
-    """One KV head of one row: the tokens it holds, in order, and the queries that were not folded into scores yet.
+    """One KV head of one row: the tokens it holds, in order, and its newest queries.
 
     A head whose middle is not full has unused slots behind it: they count where slots are counted, and hold nothing.
 
     Attributes:
         width: slots of the middle after a compaction; unused: how many of them hold nothing.
         filled: tokens before those.
+        queries: those stored, oldest first; folded: how many of them count in scores; kept: how many are from before the
+            last compaction, or the last time that they all had to count. The former come first.
+        fits: whether a compaction asks those kept, too.
     """
 
-    query_slots_kept = 0
+    fits = False
 
     def __init__(self, config: ADMSConfig):
         self.config = config
         self.tokens: list[dict] = []
         self.queries: list[torch.Tensor] = []
-        self.earlier: list[torch.Tensor] = []
-        self.folded = 0
+        self.kept = self.folded = 0
         self.seen = 0
         self.width = config.compressed_budget
         self.unused = self.filled = 0
@@ -298,38 +305,50 @@ class PlainHead:
         return False
 
     @property
+    def keeps(self) -> int:
+        """Queries kept from before a compaction: for a fit, else to hold against a move of positions."""
+        if self.fits:
+            return self.config.attention_window
+        return 0 if self.config.positions == "absolute" else min(MOVE_QUERIES, self.config.compression_interval)
+
+    @property
     def query_slots(self) -> int:
         """Queries there is room for."""
-        return self.config.compression_interval + self.query_slots_kept
+        return self.config.compression_interval + self.keeps
+
+    @property
+    def asked_at_compaction(self) -> list[torch.Tensor]:
+        """The queries a compaction asks: those since the last one, and those kept for a fit."""
+        return self.queries if self.fits else self.queries[self.kept :]
+
+    def make_query_room(self, new: int) -> None:
+        """Before a pass: where its `new` queries would be more than fit, those stored count, and the newest are kept."""
+        room = self.query_slots if self.fits else self.config.compression_interval
+        if len(self.asked_at_compaction) + new > room:
+            self.fold_waiting(len(self.tokens))
+            self.keep(max(0, self.query_slots - max(new, self.config.compression_interval)))
 
     def store(self, queries: list[torch.Tensor]) -> None:
-        new, slots = len(queries), self.query_slots
-        if len(self.queries) + new > slots:
-            self.fold_waiting(len(self.tokens) - new)
-            if new >= slots:
-                self.set_aside()
-                self.fold(queries, len(self.tokens), new)
-                self.queries, self.folded = queries[new - slots :], slots
-                return
-            self.keep(slots - max(new, self.config.compression_interval))
+        if len(queries) > self.query_slots:
+            self.fold(queries, len(self.tokens), len(queries))
+            return self.keep_folded(queries)
         self.queries = self.queries + queries
 
-    def keep(self, number: int) -> None:
-        """Of the stored queries only the newest `number` count from now on."""
-        if number == 0:
-            return self.set_aside()
-        gone = max(0, len(self.queries) - number)
-        self.queries, self.folded, self.earlier = self.queries[gone:], max(0, self.folded - gone), []
+    def keep_folded(self, queries: list[torch.Tensor]) -> None:
+        """The newest of a pass's queries, which count already, are what is stored now."""
+        self.queries = queries[-self.query_slots :]
+        self.folded = len(self.queries)
+        self.kept = max(0, self.folded - self.config.compression_interval)
 
-    def set_aside(self) -> None:
-        """The queries count no more; until as many new ones have come they are still among the newest."""
-        self.earlier = self.queries or self.earlier
-        self.queries, self.folded = [], 0
+    def keep(self, number: int) -> None:
+        """Of the stored queries, which count already, the newest `number` stay."""
+        self.queries = self.queries[max(0, len(self.queries) - number) :]
+        self.kept = self.folded = len(self.queries)
 
     def newest(self) -> list[torch.Tensor]:
-        """The newest queries, as many as were set aside last or have come since, at most `recent_size`."""
-        number = min(max(len(self.queries), len(self.earlier)), self.config.recent_size)
-        return (self.earlier + self.queries)[-number:] if number else []
+        """The newest queries, as many as are kept from before a compaction, at most `recent_size`."""
+        number = min(self.keeps, self.config.recent_size)
+        return self.queries[-number:] if number else []
 
     def fold_waiting(self, length: int) -> None:
         waiting = self.queries[self.folded :]
@@ -338,18 +357,15 @@ class PlainHead:
 
     def fold_long_pass(self, queries: list[torch.Tensor]) -> None:
         """Blocks of `attention_window` queries counted from the newest; of those before the last block every fourth."""
-        new, slots = len(queries), self.query_slots
+        new = len(queries)
         before = len(self.tokens) - new
-        self.fold_waiting(before)
-        self.set_aside()
         ends = list(range(new, 0, -self.config.attention_window))
         for stop in reversed(ends):
             start = max(0, stop - self.config.attention_window)
             step = 1 if stop == new else PREFILL_STEP
             asked = [queries[number] for number in range(start, stop) if (stop - 1 - number) % step == 0]
             self.fold(asked, before + stop, stop - start, step)
-        self.queries = queries[max(0, new - slots) :]
-        self.folded = len(self.queries)
+        self.keep_folded(queries)
 
     def fold(self, queries: list[torch.Tensor], length: int, count: int, step: int = 1) -> None:
         """Into the averages and scores of the first `length` tokens goes what the queries, `step` tokens apart, attend to.
@@ -378,7 +394,7 @@ class PlainHead:
         assert self.compactable
         self.forget()
         self.reduce(self.width if width is None else width)
-        self.keep(self.query_slots_kept)
+        self.keep(self.keeps)
 
     def reduce(self, width: int) -> None:
         config = self.config
@@ -469,7 +485,7 @@ class PlainHead:
         keep = pinned | {others[index] for index in chosen}
         masses = [token["mass"] for token in pool]
         accepts = accepting(masses, keep, pinned, self.config.protect_exact, self.margins)
-        queries = [query.tolist() for groups in self.queries[-self.config.recent_size :] for query in groups]
+        queries = [query.tolist() for groups in self.asked_at_compaction[-self.config.recent_size :] for query in groups]
         values = [token["value"].tolist() for token in pool]
         result: list[dict] = []
         assigned: list[dict] = [{}] * len(pool)
@@ -504,10 +520,7 @@ class PlainHead:
             new = max(token["pos"] - d, self.slot(index))
             token["key"] = turned(token["key"], new - token["pos"], inv_freq)
             token["pos"] = new
-        self.queries, self.earlier = (
-            [torch.stack([turned(q, -d, inv_freq) for q in groups]) for groups in some]
-            for some in (self.queries, self.earlier)
-        )
+        self.queries = [torch.stack([turned(q, -d, inv_freq) for q in groups]) for groups in self.queries]
         if sums:
             after, _ = self.drawn(self.newest(), sums)
             for token, old, new in zip(self.tokens, before, after, strict=True):
@@ -559,6 +572,7 @@ class PlainLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         self.make_room(key_states.shape[2])
         for head, keys, values in zip(self.heads, key_states[0], value_states[0], strict=True):
+            head.make_query_room(key_states.shape[2])
             head.append(keys, values, self.positions)
         self.seen += key_states.shape[2]
         return key_states, value_states

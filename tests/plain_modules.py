@@ -14,14 +14,13 @@ from plain import CHANGED, PlainCache, PlainHead, PlainLayer, best, dot, importa
 
 from streaming_llm import ADMSConfig
 
-# What the description gives numbers for: `dual_fidelity._FAINT`, `_MOST_LOG_GAIN`, `middle._QUERY_STEP`, `RETURNED_SHARE`,
-# `recall._LEAST_REST`, `config.REPLAY_BANK`, `replay.SPECTRAL_RANK`, `low_rank._ITERATIONS`.
+# What the description gives numbers for: `dual_fidelity._FAINT`, `_MOST_LOG_GAIN`, `pipeline._QUERY_STEP`,
+# `_RETURNED_SHARE`, `recall._LEAST_REST`, `config.REPLAY_BANK`, `replay.SPECTRAL_RANK`, `low_rank._ITERATIONS`.
 FAINT, MOST_LOG_GAIN, SKETCH_QUERY_STEP, RETURNED_SHARE = 0.1, 1.0, 8, 0.125
 LEAST_REST, REPLAY_BANK, SPECTRAL_RANK, ITERATIONS = 0.5, 4, 8, 2
-# `calibration.MIN_ANCHORS` and `BLEND`; what a key moves at least (`middle.place_made_tokens`).
+# `calibration.MIN_ANCHORS` and `BLEND`; what a key moves at least (`pipeline._Compaction._placed`).
 MIN_ANCHORS, BLEND, LEAST_MOVE = 10, 0.7, 1e-2
-# `controller.QUERY_STEP`, `EXPONENT`, `GRAIN`; `_MEASURED_FIRST`, `_MEASURED_EVERY`, `PLANNED_FIRST` of `layer.py`;
-# `cache.PLANNED_EVERY`.
+# `controller.QUERY_STEP`, `EXPONENT`, `GRAIN`; `pipeline._MEASURED_FIRST`, `_MEASURED_EVERY`; `trading._FIRST`, `_EVERY`.
 CONTROL_QUERY_STEP, EXPONENT, GRAIN = 8, 0.7, 4
 MEASURED_FIRST, MEASURED_EVERY, PLANNED_FIRST, PLANNED_EVERY = 8, 4, 2, 64
 # `vq._ROUNDS`, `_STEPS`; `attention_matching._RIDGE`, `_QUERY_STEP`, `_MASS_RANGE`.
@@ -93,7 +92,7 @@ class ModuleHead(PlainHead):
     def __init__(self, config: ADMSConfig):
         super().__init__(config)
         self.width = config.widest_middle
-        self.query_slots_kept = config.attention_window if config.compressor_type != "low_rank" else 0
+        self.fits = config.compressor_type != "low_rank"
         self.inv_freq: torch.Tensor | None = None
         self.originals: list[dict] = []
         self.reserved = config.replay_budget
@@ -108,7 +107,7 @@ class ModuleHead(PlainHead):
     @property
     def reference(self) -> list[list[torch.Tensor]]:
         """The newest stored queries, those that have seen all candidates."""
-        return self.queries[-self.config.recent_size :]
+        return self.asked_at_compaction[-self.config.recent_size :]
 
     def asked(self, tokens: list[dict], step: int = 1) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
         """`(query, what it sees of the tokens, its normaliser)` of every `step`-th of `reference`."""
@@ -144,7 +143,7 @@ class ModuleHead(PlainHead):
     def reduce(self, width: int) -> None:
         config = self.config
         due = self.compactions < MEASURED_FIRST or self.compactions % MEASURED_EVERY == 0
-        if not (config.enable_adaptive_controller and due and self.queries):
+        if not (config.enable_adaptive_controller and due and self.reference):
             return super().reduce(width)
         middle = self.tokens[config.dynamic_start_size : len(self.tokens) - config.recent_size]
         before, mass = self.outputs(CONTROL_QUERY_STEP), sum(token["mass"] for token in middle)

@@ -8,7 +8,8 @@ from conftest import make_tiny_llama, random_queries, random_states, stream, tok
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from streaming_llm import ADMSConfig, ADMSLayer, attention, disable_adms_llm, enable_adms_llm
+from streaming_llm import ADMSConfig, ADMSLayer, NonFiniteError, attention, disable_adms_llm, enable_adms_llm
+from streaming_llm.evaluation.lone_layer import LoneLayer
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 SMALL = {"start_size": 2, "recent_size": 16, "compressed_budget": 12, "compression_interval": 8, "rank": 8}
@@ -102,20 +103,24 @@ def test_real_weights_give_logits_and_tokens_equal_to_the_bit(smol, implementati
         model.set_attn_implementation(before)
 
 
+def attended_beta(layer: LoneLayer, key: torch.Tensor) -> torch.Tensor:
+    """The log-mass of the keys that the pass under way attends to."""
+    return layer.stream.part_of(0).stack.tokens.beta[:, :, : key.shape[2]].clone()
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("new", [1, 3])
 def test_attention_over_a_compacted_layer_is_softmax_with_log_mass(implementation, new):
     model = model_with(implementation)
     enable_adms_llm(model)
     module = model.model.layers[0].self_attn
-    layer = ADMSLayer(ADMSConfig(**{**SMALL, "rank": 4}), wired=True)
+    layer = LoneLayer(ADMSConfig(**{**SMALL, "rank": 4}))
     keys, values = random_states(60)
     layer.update(keys, values)
     layer.observe(random_queries(60), 0.5)
-    layer.settle()
     query = random_queries(new, seed=5)
     key, value = layer.update(*random_states(new, seed=6))
-    bias, beta = torch.zeros(new, key.shape[2]), layer.held.beta.clone()
+    bias, beta = torch.zeros(new, key.shape[2]), attended_beta(layer, key)
     assert (beta > 0.1).any()
     bias[:, -new:] = torch.full((new, new), -torch.inf).triu(1)
     expected = []
@@ -131,13 +136,12 @@ def test_attention_over_a_compacted_layer_is_softmax_with_log_mass(implementatio
 @pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("new", [1, 3])
 def test_attended_keys_bring_their_log_mass_into_torchs_own_attention_and_nowhere_else(heads, new):
-    layer = ADMSLayer(ADMSConfig(**{**SMALL, "rank": 4}), wired=True)
+    layer = LoneLayer(ADMSConfig(**{**SMALL, "rank": 4}))
     layer.update(*random_states(60, heads=heads))
     layer.observe(random_queries(60, heads=heads, groups=4 // heads), 8**-0.5)
-    layer.settle()
     query = random_queries(new, heads=heads, groups=4 // heads, seed=5)
     key, value = layer.update(*random_states(new, heads=heads, seed=6))
-    beta, count = layer.held.beta.repeat_interleave(4 // heads, dim=1), layer.query_count
+    beta, count = attended_beta(layer, key).repeat_interleave(4 // heads, dim=1), layer.row.queries
     assert (beta > 0.1).any()
     logits = query @ key.transpose(-1, -2) * 8**-0.5 + beta[:, :, None]
     logits[..., -new:] += torch.full((new, new), -torch.inf).triu(1)
@@ -147,7 +151,7 @@ def test_attended_keys_bring_their_log_mass_into_torchs_own_attention_and_nowher
         query @ attended.transpose(-1, -2)
     got = torch.nn.functional.scaled_dot_product_attention(query, attended, value, is_causal=new > 1)
     torch.testing.assert_close(got, logits.softmax(-1) @ value, rtol=1e-4, atol=1e-5)
-    assert type(got) is torch.Tensor and layer.query_count == count + new
+    assert type(got) is torch.Tensor and layer.row.queries == count + new
 
 
 def test_keys_of_no_enabled_cache_are_left_as_they_are():
@@ -202,15 +206,17 @@ PRECISION |= {("sdpa", torch.float16): 0.0004, ("eager", torch.float16): 0.0008}
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("new", [1, 5])
 def test_the_log_mass_is_not_rounded_to_half_precision(implementation, dtype, autocast, new):
-    layer = ADMSLayer(ADMSConfig(start_size=4, recent_size=200, compressed_budget=312, compression_interval=64), wired=True)
+    layer = LoneLayer(ADMSConfig(start_size=4, recent_size=200, compressed_budget=312, compression_interval=64))
     wide = torch.float32 if autocast else dtype
     keys, values = random_states(700, heads=3, dim=64)
-    for part in (slice(0, 516), slice(516, 580 - new), slice(580 - new, 580)):
-        key, value = layer.update(keys[:, :, part].to(wide), values[:, :, part].to(wide))
+    for part in (slice(0, 516), slice(516, 580 - new)):
+        layer.update(keys[:, :, part].to(wide), values[:, :, part].to(wide))
+        layer.observe(random_queries(part.stop - part.start, heads=3, groups=3, dim=64), 1 / 8)
+    layer.stream.stacks = [layer.stack.with_row([0], layer.row._replace(compactions=1))]
+    layer.buffer.beta[:, :, : 580 - new] = 8 * torch.rand(1, 3, 580 - new, generator=torch.Generator().manual_seed(2))
+    key, value = layer.update(keys[:, :, 580 - new : 580].to(wide), values[:, :, 580 - new : 580].to(wide))
     assert key.shape[2] == 580
-    layer.compacted = True
-    layer.buffer.beta[:, :, :580] = 8 * torch.rand(1, 3, 580, generator=torch.Generator().manual_seed(2))
-    beta = layer.buffer.beta[:, :, :580].double().repeat_interleave(3, dim=1)[:, :, None].repeat(1, 1, new, 1)
+    beta = attended_beta(layer, key).double().repeat_interleave(3, dim=1)[:, :, None].repeat(1, 1, new, 1)
     beta[..., -new:] += torch.full((new, new), -torch.inf).triu(1)
     query = random_queries(new, heads=3, groups=3, dim=64).to(wide) / 2
     states = [x.to(dtype).double() for x in (query, key, value)]
@@ -223,3 +229,23 @@ def test_the_log_mass_is_not_rounded_to_half_precision(implementation, dtype, au
         got, _ = function(module, query, key, value, None, scaling=1 / 8, dropout=0.0)
     error = (got.transpose(1, 2).double() - expected).norm() / expected.norm()
     assert got.dtype == dtype and error < PRECISION[implementation, dtype]
+
+
+@pytest.mark.parametrize("tokens", [60, 64])  # the pass begins with a compaction, or writes behind what is held
+def test_a_pass_with_nan_leaves_nothing_that_rows_of_other_lengths_would_attend_to(tokens):
+    model, ids = model_with("sdpa"), token_ids(100, 2)
+    mask = torch.ones(2, tokens + 5, dtype=torch.long)
+    mask[0, -5:-2] = 0
+
+    def run(spoilt: bool) -> torch.Tensor:
+        cache = enable_adms_llm(model, **{**SMALL, "compression_interval": 16})
+        stream(model, ids[:, :tokens], cache, 4)
+        if spoilt:
+            states = torch.full((2, 10, model.config.hidden_size), torch.nan)
+            with pytest.raises(NonFiniteError):
+                model(inputs_embeds=states, past_key_values=cache)
+        padded = model(ids[:, tokens : tokens + 5], attention_mask=mask, past_key_values=cache).logits[:, -1:]
+        return torch.cat([padded, stream(model, ids[:, tokens + 5 :], cache, 1)], dim=1)
+
+    with torch.no_grad():
+        assert torch.equal(run(True), run(False))

@@ -14,8 +14,8 @@ from transformers import DynamicCache
 
 from streaming_llm import ADMSConfig, ADMSKVCache, NonFiniteError, enable_adms_llm
 from streaming_llm.autograd import autocast_dtype, unrecorded
-from streaming_llm.positions import PositionWindow
 from streaming_llm.rope import rope_layers
+from streaming_llm.stream.positions import PositionWindow
 
 HALVES = [torch.float16, torch.bfloat16]
 CONFIGS = {
@@ -233,11 +233,11 @@ def test_autocast_and_the_models_dtype_may_change_at_any_pass(family, name, firs
             with torch.autocast("cpu", torch.bfloat16, enabled=(number % 3 == 0) == first):
                 assert model(part, past_key_values=cache).logits.isfinite().all()
             if number == 0:
-                full = next(layer for layer in cache.layers if hasattr(layer, "buffer"))
-                dtypes = full.buffer.keys.dtype, full.buffer.values.dtype
+                full = next(layer for layer in cache.layers if hasattr(layer, "stack"))
+                dtypes = full.stack.tokens.keys.dtype, full.stack.tokens.values.dtype
         for dtype in (torch.bfloat16, torch.float64, torch.float32):
             assert model.to(dtype)(ids[:, :9], past_key_values=cache).logits.isfinite().all()
-        assert full.compacted and (full.buffer.keys.dtype, full.buffer.values.dtype) == dtypes
+        assert full.compacted and (full.stack.tokens.keys.dtype, full.stack.tokens.values.dtype) == dtypes
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import make_tiny_llama, random_queries, random_states, stream, token_ids
 
-from streaming_llm import ADMSConfig, ADMSLayer, enable_streaming_llm
+from streaming_llm import ADMSConfig, enable_streaming_llm
 from streaming_llm.baselines import BASELINES, enable_baseline
+from streaming_llm.evaluation.lone_layer import LoneLayer
 from streaming_llm.tokens import SINK
 
 MODEL = make_tiny_llama()
@@ -15,18 +16,17 @@ EQUAL = {"start_size": 2, "recent_size": 12, "compressed_budget": 10, "compressi
 SCALE = 8**-0.5
 
 
-def filled(name: str, tokens: int = 24, heads: int = 2, **chosen) -> tuple[ADMSLayer, torch.Tensor, torch.Tensor]:
+def filled(name: str, tokens: int = 24, heads: int = 2, **chosen) -> tuple[LoneLayer, torch.Tensor, torch.Tensor]:
     """A layer about to compact, its keys and the queries `[batch, heads, groups * tokens, dim]` it was shown."""
     config = ADMSConfig(
         **{"start_size": 2, "recent_size": 6, "compressed_budget": 5, "compression_interval": 11, "compressor_type": name,
            "importance_ratio": 0.0, "min_importance_tokens": 0, "attention_window": 4, "rank": 4, **chosen}
     )  # fmt: skip
-    layer = ADMSLayer(config, wired=True)
+    layer = LoneLayer(config)
     keys, values = random_states(tokens, 1, heads)
     queries = random_queries(tokens, 1, heads)
     layer.update(keys, values)
     layer.observe(queries, SCALE)
-    layer.settle()
     return layer, keys, queries
 
 
@@ -37,16 +37,15 @@ def probabilities(keys, queries) -> torch.Tensor:
     return (logits + torch.full((tokens, tokens), -torch.inf).triu(1)).softmax(-1)
 
 
-def middle_kept(layer: ADMSLayer) -> list[set[int]]:
+def middle_kept(layer: LoneLayer) -> list[set[int]]:
     layer.compact()
     return [set(row.long().tolist()) for row in layer.held.pos[0, :, 2:7]]
 
 
 def test_h2o_keeps_what_received_most_attention_of_all_queries(monkeypatch):
-    from streaming_llm import layer as module
+    from streaming_llm.stream import upkeep
 
-    for stride in [name for name in vars(module) if name.endswith("_STEP")]:
-        monkeypatch.setattr(module, stride, 1)
+    monkeypatch.setattr(upkeep, "_PREFILL_STEP", 1)
     layer, keys, queries = filled("h2o")
     received = probabilities(keys, queries).sum((1, 2))[:, 2:18]
     expected = [set((row.topk(5).indices + 2).tolist()) for row in received]

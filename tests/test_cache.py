@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from streaming_llm import ADMSConfig, ADMSKVCache, NonFiniteError, enable_adms_llm
 from streaming_llm.evaluation.soak import tiny_model
+from streaming_llm.stream.passes import Arrival
 
 ALL = ("low_rank", "vq", "attention_matching")
 SMALL = {
@@ -28,11 +29,11 @@ SMALL = {
 def tensors_of(cache: ADMSKVCache) -> list:
     state = []
     for layer in cache.layers:
-        state.append((layer.length, layer.seen, layer.query_count))
-        if layer.buffer is not None:
-            state += [tensor.clone() for tensor in layer.held.tensors().values()]
-        if layer.query_buffer is not None:
-            state.append(layer.query_buffer[:, :, :, : layer.query_count].clone())
+        stack = layer.stack
+        if stack is not None:
+            state += [stack.rows, stack.seen, *(tensor.clone() for tensor in layer.held.tensors().values())]
+            stored = stack.stored_queries(range(stack.batch))
+            state += [] if stored is None else [stack.of_layer(layer.number, stored.states).clone()]
     return state
 
 
@@ -85,23 +86,25 @@ def test_a_model_never_holds_more_than_expected_max_tokens(
 def test_decoding_copies_no_cache(compressor):
     cache = enable_adms_llm(MODEL, **{**SMALL, "compressor_type": compressor})
     stream(MODEL, token_ids(20), cache, 20)
-    addresses, returned = set(), set()
+    addresses, returned = {}, {}
     update = ADMSKVCache.update
 
     def watched(self, keys, values, index, *args, **kwargs):
         got = update(self, keys, values, index, *args, **kwargs)
-        returned.add((index, got[0].data_ptr(), got[1].data_ptr()))
+        returned[index] = got[0].data_ptr(), got[1].data_ptr()
         return got
 
     ADMSKVCache.update = watched
     try:
         for token in token_ids(60).T:
             stream(MODEL, token[None], cache, 1)
-            addresses.add(tuple(layer.buffer.keys.data_ptr() for layer in cache.layers))
+            held = {number: (own.keys.data_ptr(), own.values.data_ptr()) for number, own in enumerate(cache.layers)}
+            assert returned == held
+            # A compaction makes a new buffer; from one to the next it stays.
+            addresses.setdefault(cache.layers[0].stack.rows[0].compactions, set()).add(tuple(held.values()))
     finally:
         ADMSKVCache.update = update
-    assert len(addresses) == 1 and len(returned) == 2
-    assert {address for _, address, _ in returned} == set(next(iter(addresses)))
+    assert all(len(own) == 1 for own in addresses.values())
     assert cache.stats["total_compressions"] >= 5
 
 
@@ -251,7 +254,7 @@ def test_a_cropped_cache_goes_on_as_if_the_tokens_had_never_been(tokens):
     for cache in (cropped, never):
         stream(MODEL, ids[:, :tokens], cache, 1)
     # The wrong tokens fit beside what is held, as a rejected draft does.
-    assert cropped.layers[0].length + 3 <= cropped.config.expected_max_tokens
+    assert cropped.layers[0].stack.columns + 3 <= cropped.config.expected_max_tokens
     stream(MODEL, wrong, cropped, 3)
     cropped.crop(-3)
     assert cropped.get_seq_length() == tokens
@@ -307,20 +310,21 @@ def test_a_failed_forward_is_taken_back_at_every_layer(compressor, layer, poison
         assert torch.equal(stream(MODEL, part, failed, chunk), stream(MODEL, part, never, chunk))
 
 
-def test_a_failure_after_a_compacted_pass_makes_the_cache_say_so():
-    cache = enable_adms_llm(MODEL, **SMALL)
-    stream(MODEL, token_ids(60), cache, 4)
+def test_a_failure_after_a_layer_was_compacted_in_the_pass_leaves_the_cache_as_it_was():
+    cache, never = enable_adms_llm(MODEL, **SMALL), enable_adms_llm(MODEL, **SMALL)
+    for each in (cache, never):
+        stream(MODEL, token_ids(60), each, 4)
+    before = tensors_of(cache)
     handle = fail_at(MODEL, 1, None)
     try:
         with pytest.raises(Broken):
             stream(MODEL, token_ids(50), cache, 50)
     finally:
         handle.remove()
-    with pytest.raises(RuntimeError, match="reset"):
-        stream(MODEL, token_ids(1), cache, 1)
-    cache.reset()
-    ids = token_ids(60)
-    assert torch.equal(stream(MODEL, ids, cache, 4), stream(MODEL, ids, enable_adms_llm(MODEL, **SMALL), 4))
+    assert same(tensors_of(cache), before) and cache.stats == never.stats
+    for ids, chunk in ((token_ids(50), 50), (token_ids(60), 4)):
+        assert torch.equal(stream(MODEL, ids, cache, chunk), stream(MODEL, ids, never, chunk))
+    assert same(tensors_of(cache), tensors_of(never)) and cache.stats == never.stats
 
 
 def test_a_failure_in_another_cache_changes_nothing_here():
@@ -524,20 +528,18 @@ def test_a_recorded_pass_counts_with_the_crop_as_if_what_it_takes_back_had_never
     right, more = token_ids(accepted, seed=1), token_ids(60, seed=2)
     tried.activate_past_recording()
     logits = stream(MODEL, torch.cat([right, token_ids(wrong, seed=3)], 1), tried, accepted + wrong)
-    assert all(layer.waits for layer in tried.layers)
+    # What is on trial is held, and looking at it does not make it count.
+    assert tried.held_tokens >= accepted + wrong and tried.stream.open.over
     tried.crop(-wrong)
-    # What does not fit before the pass is compacted before it: so it is for the cache that never saw what was wrong.
-    for layer in never.layers:
-        layer.make_room(accepted + wrong)
     if accepted:
+        # What does not fit before the pass is compacted before it: so it is for the cache that never saw what was wrong.
+        coming = Arrival(accepted + wrong, (accepted + wrong,))
+        never.stream.stacks = never.stream.begin(coming, [before], [before + accepted + wrong - 1]).stacks
         torch.testing.assert_close(logits[:, :accepted], stream(MODEL, right, never, accepted), rtol=0, atol=1e-3)
     assert tried.held_tokens <= tried.config.expected_max_tokens and tried.get_seq_length() == before + accepted
     for got, expected in zip(tried.layers, never.layers, strict=True):
-        assert (got.length, got.query_count, got.query_folded) == (
-            expected.length,
-            expected.query_count,
-            expected.query_folded,
-        )
+        own, other = got.stack.rows[0], expected.stack.rows[0]
+        assert (own.length, own.queries, own.scored) == (other.length, other.queries, other.scored)
         for name in ("pos", "count", "tier", "beta", "score", "keys"):
             torch.testing.assert_close(getattr(got.held, name), getattr(expected.held, name), rtol=1e-3, atol=1e-3)
     got, expected = (stream(MODEL, more, cache, 5) for cache in (tried, never))
@@ -552,7 +554,7 @@ def test_recording_ends_when_no_crop_follows():
     cache.crop(0)
     assert cache.held_tokens <= cache.config.expected_max_tokens and cache.layers[0].record_past
     stream(MODEL, token_ids(90), cache, 6)
-    assert not cache.layers[0].record_past and not cache.layers[0].waits
+    assert not cache.layers[0].record_past and cache.stream.open is None
     assert cache.held_tokens <= cache.config.expected_max_tokens
 
 

@@ -96,7 +96,7 @@ class Talk:
 
     def consistent(self) -> bool:
         lengths = {layer.get_seq_length() for layer in self.chat.cache.layers}
-        return self.chat.cache.broken is None and lengths == {len(self.fed)}
+        return self.chat.cache.stream.open is None and lengths == {len(self.fed)}
 
 
 @pytest.fixture

@@ -444,12 +444,13 @@ def test_what_can_never_fit_is_refused_by_name_with_the_most_that_does(limit, re
 @settings(deadline=None, max_examples=30)
 def test_from_memory_stays_inside_the_trained_length(size, trained, shape):
     model_config = make_tiny_llama().config
+    model_config.max_position_embeddings = 1 << 30
+    free = ADMSConfig.from_memory(model_config, size, compression_interval=8, **shape)
     model_config.max_position_embeddings = trained
-    free = ADMSConfig.from_memory(model_config, size, position_policy="absolute", compression_interval=8, **shape)
     config = ADMSConfig.from_memory(model_config, size, compression_interval=8, **shape)
     assert config.fit_positions(trained) is config
     if free.most_slots <= trained:
-        assert config == dataclasses.replace(free, position_policy="auto")
+        assert config == free
     else:
         assert config.most_slots > trained - 8
     with pytest.raises(ValueError, match=f"recent_size={trained} does not fit.*for {trained} positions"):

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from conftest import random_queries, random_states, stream, token_ids
+from conftest import memory_of, random_queries, random_states, stream, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -349,10 +349,14 @@ def test_the_reconstruction_energy_is_1_less_the_relative_squared_error():
 # -- in a stream ---------------------------------------------------------------------------------------------------------
 
 
+def width_of(layer) -> int:
+    return layer.stack.rows[0].width
+
+
 def middles(cache: ADMSKVCache) -> torch.Tensor:
     """Valid middle tokens `[layers, batch, kv_heads]`."""
     first = cache.config.dynamic_start_size
-    return torch.stack([layer.buffer.slice(first, first + layer.width).valid.sum(-1) for layer in cache.layers])
+    return torch.stack([layer.held.slice(first, first + width_of(layer)).valid.sum(-1) for layer in cache.layers])
 
 
 @pytest.mark.parametrize(
@@ -368,14 +372,14 @@ def test_between_layers_the_models_total_is_never_exceeded_and_exactly_shared(ba
         if not cache.layers[0].compacted:
             continue
         assert middles(cache).sum(0).max() <= most
-        if cache.layers[0].planned is not None:
-            budgets = torch.stack([layer.controller.budgets for layer in cache.layers])
+        if cache.layers[0].stack.rows[0].least:
+            budgets = torch.stack([memory_of(layer).controller.budgets for layer in cache.layers])
             assert budgets.sum(0).eq(LAYERS * 12).all()
             assert budgets.min() >= 3 and budgets.max() <= 24
             assert budgets.eq(budgets[:, :, :1]).all()  # one budget for all heads of a layer
             others = cache.config.sketch_budget
-            assert [layer.width - others for layer in cache.layers] == budgets.amax((1, 2)).tolist()
-            widths.add(tuple(layer.width for layer in cache.layers))
+            assert [width_of(layer) - others for layer in cache.layers] == budgets.amax((1, 2)).tolist()
+            widths.add(tuple(width_of(layer) for layer in cache.layers))
     assert len(widths) > 1 and any(len(set(chosen)) > 1 for chosen in widths)
 
 
@@ -387,7 +391,6 @@ def test_layers_compacted_together_or_one_by_one_come_out_the_same(compressor, c
     )  # fmt: skip
     together = enable_adms_llm(MODEL, config)
     alone = ADMSKVCache(config, MODEL.config, wired=True, layers_at_once=1)
-    assert together.layers[0].group is not None and alone.layers[0].group is None
     # Rounding differs between batched solves; further on it may tip a choice.
     ids, grouped = token_ids(195, batch), set()
     for start in range(0, 195, chunk):
@@ -395,10 +398,11 @@ def test_layers_compacted_together_or_one_by_one_come_out_the_same(compressor, c
         torch.testing.assert_close(
             stream(MODEL, part, together, chunk), stream(MODEL, part, alone, chunk), rtol=0, atol=1e-5
         )
-        grouped.add(tuple(len(layer.group.layers) for layer in together.layers))
-    assert [layer.width for layer in together.layers] == [layer.width for layer in alone.layers]
+        grouped.add(tuple(len(layer.stack.layers) for layer in together.layers))
+        assert all(layer.stack.layers == (layer.number,) for layer in alone.layers)
+    assert [width_of(layer) for layer in together.layers] == [width_of(layer) for layer in alone.layers]
     if compressor != "vq":  # whose layers lose alike here
-        assert len({layer.width for layer in alone.layers}) > 1
+        assert len({width_of(layer) for layer in alone.layers}) > 1
     assert (LAYERS,) * LAYERS in grouped and len(grouped) > 1  # one group at first, others once widths differ
     assert together.stats == alone.stats
 
@@ -412,14 +416,14 @@ def test_heads_trade_within_their_layer_and_unused_slots_are_unseen():
         for layer in cache.layers:
             if not layer.compacted:
                 continue
-            budgets = layer.controller.budgets
-            assert layer.width == 24 and budgets.sum(-1).eq(2 * 12).all()
+            budgets = memory_of(layer).controller.budgets
+            assert width_of(layer) == 24 and budgets.sum(-1).eq(2 * 12).all()
             assert budgets.min() >= 1 and budgets.max() <= 24
-            middle = layer.buffer.slice(2, 2 + layer.width)
+            middle = layer.held.slice(2, 2 + width_of(layer))
             assert torch.equal(middle.valid.sum(-1), budgets)
             unused = torch.arange(24) >= budgets[..., None]
             assert middle.beta[unused].eq(-torch.inf).all() and middle.count[unused].eq(0).all()
-            assert layer.held.count.sum(-1).eq(layer.seen).all()
+            assert layer.held.count.sum(-1).eq(layer.get_seq_length()).all()
             seen.update(budgets.flatten().tolist())
     assert len(seen) > 2
     assert cache.stats["total_budget_adjustments"] > 0
@@ -429,14 +433,15 @@ def test_a_plan_gives_most_to_the_layer_that_lost_most():
     cache = enable_adms_llm(MODEL, controller_scope="model", **CONTROLLED)
     plans = 0
     for number in range(80):
-        planned = cache.layers[0].planned
-        energy = [None if layer.controller is None else layer.controller.energy.double().mean(-1) for layer in cache.layers]
+        trades = cache.stream.next_trades
+        known = [layer for layer in cache.layers if layer.is_initialized]
+        energy = [memory_of(layer).controller.energy.double().mean(-1) for layer in known]
         stream(MODEL, token_ids(4, 2, seed=number), cache, 4)
-        if cache.layers[0].planned is planned:
+        if not number or cache.stream.next_trades == trades:
             continue
         plans += 1
         lost = 1 - torch.stack(energy, dim=-1)
-        budgets = torch.stack([layer.controller.budgets[:, 0] for layer in cache.layers], dim=-1)
+        budgets = torch.stack([memory_of(layer).controller.budgets[:, 0] for layer in cache.layers], dim=-1)
         assert torch.equal(budgets, layer_budgets(lost, 12))
         assert torch.equal(budgets.gather(1, lost.argmax(-1, keepdim=True)), budgets.amax(-1, keepdim=True))
     assert plans == 5  # after 2, 4, 8, 16 and 32 compactions
@@ -449,8 +454,8 @@ def test_a_layer_whose_attention_is_diffuse_loses_little_and_gives_budget_to_the
     model.model.layers[diffuse].self_attn.q_proj.weight.data.mul_(0.1)
     cache = enable_adms_llm(model, controller_scope="model", **CONTROLLED)
     stream(model, token_ids(250), cache, 4)
-    energies = torch.stack([layer.controller.energy.mean() for layer in cache.layers])
-    widths = [layer.width for layer in cache.layers]
+    energies = torch.stack([memory_of(layer).controller.energy.mean() for layer in cache.layers])
+    widths = [width_of(layer) for layer in cache.layers]
     assert int(energies.argmax()) == diffuse
     assert widths[diffuse] == min(widths) < 12 < max(widths)
 
@@ -463,7 +468,7 @@ def test_long_prefills_between_plans_keep_the_total(chunks):
         assert logits.isfinite().all() and cache.held_tokens <= cache.config.expected_max_tokens
         if cache.layers[0].compacted:
             assert middles(cache).sum(0).max() <= LAYERS * 12
-    assert len({layer.width for layer in cache.layers}) > 1
+    assert len({width_of(layer) for layer in cache.layers}) > 1
 
 
 @pytest.mark.parametrize("batch,tolerance", [(1, 0.0), (2, 0.1)])
@@ -471,7 +476,7 @@ def test_memory_is_what_was_said_while_layers_trade(batch, tolerance):
     config = ADMSConfig(controller_scope="model", **CONTROLLED)
     cache = enable_adms_llm(MODEL, config)
     stream(MODEL, token_ids(300, batch), cache, 5)
-    assert len({layer.width for layer in cache.layers}) > 1
+    assert len({width_of(layer) for layer in cache.layers}) > 1
     said = config.memory_bytes(MODEL.config, torch.float32, batch)
     # Rows share their layer's width: with several, each layer is as wide as its widest row.
     assert abs(cache.nbytes - said) <= tolerance * said
@@ -491,8 +496,9 @@ def test_half_precision_is_controlled_in_float32():
     cache = enable_adms_llm(model, controller_scope="model", **CONTROLLED)
     assert stream(model, token_ids(200, 2), cache, 5).isfinite().all()
     for layer in cache.layers:
-        assert layer.controller.energy.dtype == torch.float32 and layer.controller.energy.isfinite().all()
-        assert layer.controller.measured.min() > 0
+        state = memory_of(layer).controller
+        assert state.energy.dtype == torch.float32 and state.energy.isfinite().all()
+        assert state.measured.min() > 0
 
 
 def test_what_was_tried_by_hand_does_not_disturb_the_stream(caplog):

@@ -1,4 +1,4 @@
-"""Layers that share a storage: what is done to their rows, and what copies and pickles make of them, loses nothing."""
+"""Layers that share a stack: what is done to their rows, and what copies and pickles make of them, loses nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from test_families import make
 from test_positions import small_window
 
 from streaming_llm import ADMSConfig, enable_adms_llm
-from streaming_llm.group import STORED, whole_groups
+from streaming_llm.stream.upkeep import Upkeep
 
 SMALL = {
     "start_size": 2, "recent_size": 16, "compressed_budget": 12, "compression_interval": 8, "rank": 8,
@@ -74,13 +74,18 @@ def begun(name: str, padded: bool = False):
     return model, cache, run
 
 
+def layers_together(cache) -> list[tuple[int, ...]]:
+    """The layers of each stack."""
+    return [stack.layers for stack in cache.stream.stacks]
+
+
 PERMUTED = torch.tensor([2, 0, 1])
 
 
 @pytest.mark.parametrize(("name", "padded"), CASES)
 def test_a_change_of_rows_that_changes_nothing_loses_nothing(name, padded):
     _, cache, run = begun(name, padded)
-    twin, groups = copy.deepcopy(cache), len(whole_groups(cache._full_layers()))
+    twin, together = copy.deepcopy(cache), layers_together(cache)
     twin.reorder_cache(torch.arange(3))
     twin.batch_repeat_interleave(1)
     twin.batch_select_indices(torch.arange(3))
@@ -89,7 +94,7 @@ def test_a_change_of_rows_that_changes_nothing_loses_nothing(name, padded):
     twin.reorder_cache(PERMUTED.argsort())
     twin.batch_repeat_interleave(2)
     twin.batch_select_indices(torch.tensor([0, 2, 4]))
-    assert twin.stats == cache.stats and len(whole_groups(twin._full_layers())) == groups
+    assert twin.stats == cache.stats and layers_together(twin) == together
     assert torch.equal(run(twin), run(cache))
 
 
@@ -101,31 +106,45 @@ def test_rearranged_rows_say_what_they_did_before(name):
     torch.testing.assert_close(run(cache, PERMUTED.tolist()), expected[PERMUTED], rtol=1e-3, atol=1e-3)
 
 
-def test_layers_are_compacted_together_after_their_rows_changed():
+def test_layers_are_compacted_together_after_their_rows_changed(monkeypatch):
     _, cache, run = begun("budgets by variance")
-    groups = whole_groups(cache.layers)
     cache.reorder_cache(PERMUTED)
-    assert whole_groups(cache.layers) == groups and groups[0].ready and len(groups[0].layers) == 2
+    assert layers_together(cache) == [(0, 1)]
     check_parts(cache)
-    before = groups[0].whole.compressions
-    run(cache, PERMUTED.tolist())
-    assert groups[0].whole.compressions > before
+    before, calls = cache.stats["total_compressions"], []
+    compacted = Upkeep.compacted
+
+    def watched(upkeep, stack, *args, **kwargs):
+        calls.append(stack.layers)
+        return compacted(upkeep, stack, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Upkeep, "compacted", watched)
+        run(cache, PERMUTED.tolist())
+    assert cache.stats["total_compressions"] > before and set(calls) == {(0, 1)}
 
 
 def check_parts(cache) -> None:
-    """Each layer of a group works on its part of the group's storage."""
-    for group in whole_groups([layer for layer in cache.layers if hasattr(layer, "group")]):
-        for layer in group.layers:
-            held = [name for name in STORED if getattr(layer, name) is not None]
-            assert "buffer" in held and all(group.holds(layer, name) for name in held)
+    """Each layer shows its part of what its stack holds, and no tensor is held twice."""
+    for stack in cache.stream.stacks:
+        held = [
+            *stack.tokens.tensors().values(),
+            *(t for own in stack.memory.states().values() for t in own.tensors().values()),
+        ]
+        assert all(tensor.shape[0] == len(stack.layers) * stack.batch for tensor in held)
+        for number in stack.layers:
+            for name in ("keys", "values"):
+                own, whole = getattr(cache.layers[number], name), getattr(stack.tokens, name)
+                assert own.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+                assert torch.equal(own, stack.of_layer(number, whole)[:, :, : stack.columns])
 
 
-def test_one_layer_changed_by_itself_leaves_its_group_and_keeps_what_it_was_given():
-    _, cache, _ = begun("budgets by variance")
-    layer, before = cache.layers[0], cache.layers[0].variance_ema.clone()
-    assert torch.equal(cache.layers[0].group.whole.variance_ema[:3], before)
-    layer.reorder_cache(torch.arange(3))
-    assert layer.group is None and torch.equal(layer.variance_ema, before)
+def test_rows_of_one_layer_can_not_be_changed_by_themselves():
+    _, cache, run = begun("budgets by variance")
+    twin = copy.deepcopy(cache)
+    with pytest.raises(ValueError, match="the cache decides itself what to keep"):
+        cache.layers[0].reorder_cache(torch.arange(3))
+    assert torch.equal(run(cache), run(twin))
 
 
 # -- copies and pickles ----------------------------------------------------------------------------------------------------
@@ -172,7 +191,7 @@ def test_a_copied_cache_says_what_the_first_says(way):
     _, cache, run = begun("budgets by variance")
     twin = COPIES[way](cache)
     assert twin.config == cache.config and twin.stats == cache.stats and twin.nbytes == cache.nbytes
-    assert len(whole_groups(twin.layers)[0].layers) == 2 and twin.layers[0].group.ready
+    assert layers_together(twin) == layers_together(cache) == [(0, 1)]
     check_parts(twin)
     assert torch.equal(run(twin), run(cache))
 
@@ -191,7 +210,7 @@ def test_a_pickle_takes_no_more_than_what_is_held():
     plans = []
     for tokens in (600, 200):
         padded_stream(deep(), token_ids(tokens), None, cache, 0, tokens, 50)
-        plans.append(cache.layers[0].planned is not None)
+        plans.append(cache.layers[0].stack.rows[0].least > 0)
         assert len(pickle.dumps(cache)) < 1.05 * cache.nbytes + 100_000
     assert plans == [False, True]
 
@@ -202,4 +221,4 @@ def test_a_cache_is_pickled_before_its_first_token_and_without_a_model():
     ids = token_ids(80)
     expected = padded_stream(model, ids, None, enable_adms_llm(model, **SMALL), 0, 80)
     assert torch.equal(padded_stream(model, ids, None, new, 0, 80), expected)
-    assert len(whole_groups(new.layers)[0].layers) == 2
+    assert layers_together(new) == [(0, 1)]

@@ -10,7 +10,7 @@ from conftest import random_states
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streaming_llm import ADMSConfig, ADMSKVCache, ADMSLayer, WeightedTokens
+from streaming_llm import ADMSConfig, ADMSKVCache, WeightedTokens
 from streaming_llm.dual_fidelity import (
     make_sketches,
     promote,
@@ -19,6 +19,7 @@ from streaming_llm.dual_fidelity import (
     similar_clusters,
     sketch_energies,
 )
+from streaming_llm.evaluation.lone_layer import LoneLayer
 from streaming_llm.importance import Queries
 from streaming_llm.recall import Originals, is_original
 from streaming_llm.tokens import EXACT, PRECISION, SKETCH, UNUSED
@@ -191,7 +192,7 @@ def test_the_bank_stays_within_its_budgets_and_stands_for_every_token(counts, bu
         # Room for one original is always there.
         assert len(bank["original_k"]) <= min(at, max(1, originals))
         assert bank["keys"].isfinite().all() and bank["values"].isfinite().all()
-        assert int(cache.layers[0].hand_sketches.count.sum()) == at
+        assert int(cache._hand[0].sketches.count.sum()) == at
         place = bank["original_positions"].long()
         assert len(place.unique()) == len(place)
         assert torch.equal(bank["original_k"], keys[place]) and torch.equal(bank["original_v"], values[place])
@@ -469,7 +470,7 @@ def test_a_sketch_that_draws_less_than_other_tokens_do_is_not_promoted():
 DIM, ROWS, NEEDLE = 8, 64, 14
 
 
-def streamed(later: float, **chosen) -> tuple[ADMSLayer, int]:
+def streamed(later: float, **chosen) -> tuple[LoneLayer, int]:
     """A layer after 64 tokens, and how many rows had their needle promoted.
 
     The needle is a token along the first direction. All tokens are attended to alike at first; then queries of size `later`
@@ -480,7 +481,7 @@ def streamed(later: float, **chosen) -> tuple[ADMSLayer, int]:
         "attention_window": 8, "min_importance_tokens": 2, "min_middle_size_for_compress": 0,
         "enable_dual_fidelity": True, "sketch_budget": 4,
     }  # fmt: skip
-    layer = ADMSLayer(ADMSConfig(**{**shape, **chosen}), wired=True)
+    layer = LoneLayer(ADMSConfig(**{**shape, **chosen}))
     keys, values = random_states(64, ROWS, 1, DIM)
     keys[..., 0] = 0.0
     keys[:, :, NEEDLE, 0] = 3.0
@@ -495,7 +496,6 @@ def streamed(later: float, **chosen) -> tuple[ADMSLayer, int]:
         queries = torch.zeros(ROWS, 1, 8, DIM)
         queries[..., 0] = later if start >= 40 else 0.0
         layer.observe(queries, 1.0)
-        layer.settle()
         held = layer.held
         assert held.count.sum(-1).eq(start + 8).all()
         own = is_original(held) & (held.tier == EXACT)

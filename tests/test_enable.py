@@ -215,7 +215,8 @@ def test_a_cache_of_a_model_no_longer_enabled_says_so(tiny_llama):
 def test_only_full_attention_layers_become_adms_layers(tiny_llama):
     cache = enable_adms_llm(tiny_llama)
     assert isinstance(cache, ADMSKVCache) and len(cache.layers) == 2
-    assert all(isinstance(layer, ADMSLayer) and layer.wired for layer in cache.layers)
+    assert cache.wired and all(isinstance(layer, ADMSLayer) for layer in cache.layers)
+    assert all(layer.stream is cache.stream for layer in cache.layers)
 
 
 def trained_to(positions: int):

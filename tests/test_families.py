@@ -137,7 +137,7 @@ def test_past_the_bound_logits_are_finite_and_the_cache_bounded(name, implementa
         assert cache.held_tokens <= cache.config.expected_max_tokens
         assert cache.get_seq_length() == stop
     layers = [layer for layer in cache.layers if isinstance(layer, ADMSLayer)]
-    assert layers and all(layer.compacted and layer.queries_seen for layer in layers)
+    assert layers and all(layer.compacted and layer.stack.queries is not None for layer in layers)
     assert any((layer.held.beta > 0).any() for layer in layers)
 
 
@@ -176,8 +176,8 @@ def test_gemma2s_soft_capping_is_honoured_in_the_scores():
     cache = enable_adms_llm(model, **SMALL)
     stream(model, token_ids(30), cache, 5)
     layer = cache.layers[1]
-    assert layer.query_softcap == 0.5
-    queries = layer.stored_queries(0)
+    assert layer.stack.softcap == 0.5
+    queries = layer.stack.single(1).stored_queries([0])
     logits = queries.logits(layer.keys)
     states = queries.states.flatten(2, 3) @ layer.keys.transpose(-1, -2) * queries.scale
     torch.testing.assert_close(logits.flatten(2, 3), 0.5 * torch.tanh(states / 0.5))

@@ -372,14 +372,13 @@ class Watch:
             self.check_bound()
 
     def check_bound(self):
-        assert not any(layer.waits for layer in self.cache.layers if isinstance(layer, ADMSLayer))
+        assert self.cache.stream.open is None
         assert self.cache.held_tokens <= self.cache.config.expected_max_tokens
 
     def check(self, module, args, output):
         self.passes += 1
         assert output.logits.isfinite().all()
-        full = [layer for layer in self.cache.layers if isinstance(layer, ADMSLayer)]
-        if not any(layer.waits for layer in full):
+        if not self.cache.stream.records_past:
             self.check_bound()
         for layer in self.cache.layers:
             assert layer.get_seq_length() == self.cache.get_seq_length()

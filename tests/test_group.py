@@ -26,9 +26,9 @@ def compaction(model, config: ADMSConfig, **options) -> tuple[int, int]:
     cache = enable_adms_llm(model, config, **options)
     full = cache.config.expected_max_tokens
     model(token_ids(full), past_key_values=cache)
-    assert cache.layers[0].rounds == 0
+    assert not cache.layers[0].stack.compacted
     most = peak_temporaries(lambda: model(token_ids(1), past_key_values=cache))
-    assert cache.layers[0].rounds == 1
+    assert {row.compactions for stack in cache.stream.stacks for row in stack.rows} == {1}
     return cache.nbytes, most
 
 

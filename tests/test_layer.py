@@ -11,9 +11,10 @@ from conftest import random_queries, random_states
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streaming_llm import ADMSConfig, ADMSLayer, NonFiniteError, WeightedTokens
-from streaming_llm import layer as layer_module
+from streaming_llm import ADMSConfig, NonFiniteError, WeightedTokens
 from streaming_llm.compressors import attention_matching
+from streaming_llm.evaluation.lone_layer import LoneLayer
+from streaming_llm.stream import upkeep
 from streaming_llm.tokens import EXACT, PRECISION, RECENT, SINK
 
 ALL = ("low_rank", "vq", "attention_matching")
@@ -21,25 +22,24 @@ DIM, HEADS, GROUPS = 8, 2, 2
 SCALE = DIM**-0.5
 
 
-def make(wired: bool = True, **chosen) -> ADMSLayer:
+def make(wired: bool = True, **chosen) -> LoneLayer:
     shape = {
         "start_size": 2, "recent_size": 10, "compressed_budget": 8, "compression_interval": 6, "rank": 4,
         "attention_window": 8, "min_importance_tokens": 0, "num_clusters": 3, "min_middle_size_for_compress": 0,
     }  # fmt: skip
-    return ADMSLayer(ADMSConfig(**{**shape, **chosen}), wired)
+    return LoneLayer(ADMSConfig(**{**shape, **chosen}), wired)
 
 
-def feed(layer: ADMSLayer, keys, values, seed: int = 1):
+def feed(layer: LoneLayer, keys, values, seed: int = 1):
     """One forward pass of the layer: update, then attention, which shows the queries where the layer is wired."""
     got = layer.update(keys, values)
     if layer.wired:
         batch, heads, tokens, dim = keys.shape
         layer.observe(random_queries(tokens, batch, heads, GROUPS, dim, seed=seed).to(keys.dtype), SCALE)
-    layer.settle()
     return got
 
 
-def run(layer: ADMSLayer, tokens: int, chunk: int, batch: int = 1, dtype=torch.float32, seed: int = 0):
+def run(layer: LoneLayer, tokens: int, chunk: int, batch: int = 1, dtype=torch.float32, seed: int = 0):
     """Feed seeded random states in chunks; the states fed."""
     keys, values = random_states(tokens, batch, HEADS, DIM, seed, dtype)
     for start in range(0, tokens, chunk):
@@ -48,12 +48,12 @@ def run(layer: ADMSLayer, tokens: int, chunk: int, batch: int = 1, dtype=torch.f
     return keys, values
 
 
-def state_of(layer: ADMSLayer) -> dict:
-    state = {"length": layer.length, "seen": layer.seen, "queries": layer.query_count, "folded": layer.query_folded}
-    if layer.buffer is not None:
+def state_of(layer: LoneLayer) -> dict:
+    state = {"rows": () if layer.stack is None else layer.stack.rows}
+    if layer.stack is not None:
         state.update({name: tensor.clone() for name, tensor in layer.held.tensors().items()})
-    if layer.query_buffer is not None:
-        state["query_buffer"] = layer.query_buffer[:, :, :, : layer.query_count].clone()
+        if layer.stack.queries is not None:
+            state["queries"] = layer.stack.queries[:, :, :, : layer.row.queries].clone()
     return state
 
 
@@ -131,8 +131,10 @@ def test_ragged_budgets_keep_the_bound_on_average_over_the_heads(compressor, chu
             assert layer.held.count.sum(-1).eq(layer.seen).all()
         assert layer.keys.isfinite().all() and layer.values.isfinite().all()
     if layer.compacted:
-        assert layer.budgets.sum(-1).eq(4 * budget).all()
-        assert layer.budgets.min() >= int(floor * budget) and layer.budgets.max() <= math.ceil(cap * budget)
+        assert layer.variance.budgets.sum(-1).eq(4 * budget).all()
+        assert layer.variance.budgets.min() >= int(floor * budget) and layer.variance.budgets.max() <= math.ceil(
+            cap * budget
+        )
 
 
 @pytest.mark.parametrize(
@@ -160,22 +162,22 @@ def test_a_budget_of_0_in_each_tier_works(zero, wired):
 def test_decoding_copies_no_cache():
     layer = make()
     keys, values = random_states(80, 1, HEADS, DIM)
-    addresses, compactions, length = set(), 0, 0
+    addresses, compactions = {}, 0
     for place in range(80):
         got_keys, got_values = feed(layer, keys[:, :, place : place + 1], values[:, :, place : place + 1])
-        compactions += layer.length <= length
-        length = layer.length
-        addresses.add((got_keys.data_ptr(), got_values.data_ptr(), layer.buffer.keys.data_ptr(), layer.keys.data_ptr()))
+        compactions = layer.row.compactions
+        own = (got_keys.data_ptr(), got_values.data_ptr())
+        assert own == (layer.buffer.keys.data_ptr(), layer.buffer.values.data_ptr())
+        assert addresses.setdefault(compactions, own) == own
     assert compactions >= 8
-    assert len(addresses) == 1 and len(set(next(iter(addresses)))) == 2
 
 
 def test_a_compaction_happens_once_an_interval():
     layer = make()
     run(layer, 26, 1)
-    assert layer.compressions == 0
+    assert layer.head_compactions == 0
     run(layer, 30, 1)
-    assert layer.compressions == 5 * HEADS
+    assert layer.head_compactions == 5 * HEADS
 
 
 def test_an_unfilled_layer_returns_what_was_put_in():
@@ -184,16 +186,16 @@ def test_an_unfilled_layer_returns_what_was_put_in():
     feed(layer, keys[:, :, :13], values[:, :, :13])
     got = feed(layer, keys[:, :, 13:], values[:, :, 13:])
     assert torch.equal(got[0], keys) and torch.equal(got[1], values)
-    assert layer.plain and layer.held.beta.eq(0).all()
+    assert not layer.stack.compacted and layer.held.beta.eq(0).all()
 
 
 def test_a_long_prefill_is_attended_to_as_a_whole_and_compacted_after():
     layer = make()
     keys, values = random_states(100, 1, HEADS, DIM)
     got = layer.update(keys, values)
-    assert torch.equal(got[0], keys) and layer.overflow is not None
+    assert torch.equal(got[0], keys) and layer.stream.part_of(0).overflows and layer.stack is None
     layer.observe(random_queries(100), SCALE)
-    assert layer.overflow is None and layer.length == layer.resting_length == 20
+    assert layer.stream.open is None and layer.length == layer.row.resting(layer.config) == 20
 
 
 @given(chunks=st.lists(st.integers(1, 60), min_size=1, max_size=8))
@@ -215,7 +217,7 @@ def test_the_mask_sizes_are_those_of_the_keys_that_come_back(chunks):
 @pytest.fixture
 def every_query(monkeypatch):
     """Scores are taken from every query, whatever stride the layer uses to save time."""
-    for module in (layer_module, attention_matching):
+    for module in (upkeep, attention_matching):
         for name in [name for name in vars(module) if name.endswith("_STEP")]:
             monkeypatch.setattr(module, name, 1)
 
@@ -223,18 +225,20 @@ def every_query(monkeypatch):
 @pytest.mark.parametrize("compressor", ALL)
 @pytest.mark.parametrize("prefill", [False, True])
 def test_a_compaction_conserves_the_masses_of_the_reference_queries(every_query, compressor, prefill):
-    tokens, window = (60, 4) if prefill else (26, 4)
-    layer = make(compressor_type=compressor)
+    tokens, stored = (60, 10) if prefill else (26, 8)
+    # Scores are those of the last `attention_window` queries; a fit is to all that are stored.
+    window = 4 if compressor == "low_rank" else stored
+    layer = make(compressor_type=compressor, attention_window=4)
     keys, values = random_states(tokens, 2, HEADS, DIM)
-    layer.update(keys, values)
-    queries = random_queries(window, 2)
-    # Only the last queries are shown, so all there are are folded in.
-    layer.observe(queries, SCALE)
+    queries = random_queries(tokens, 2)
+    for part in [slice(0, 60)] if prefill else [slice(0, 22), slice(22, 26)]:
+        layer.update(keys[:, :, part], values[:, :, part])
+        layer.observe(queries[:, :, part], SCALE)
     if not prefill:
-        layer.settle()
         layer.compact()
-    assert layer.compacted and layer.length == 20
-    grouped = queries.view(2, HEADS, GROUPS * window, DIM)
+    assert layer.stack.compacted and layer.length == 20
+    queries = queries[:, :, -window:]
+    grouped = queries.reshape(2, HEADS, GROUPS * window, DIM)
     logits = grouped @ keys.transpose(-1, -2) * SCALE
     for group in range(GROUPS):
         for place in range(window):
@@ -275,7 +279,6 @@ def test_the_most_important_tokens_are_the_exact_tier():
     keys[0, 0, 5] = keys[0, 0, 9] = torch.full((DIM,), 5.0)
     layer.update(keys, values)
     layer.observe(torch.ones(1, 2, 26, DIM), SCALE)
-    layer.settle()
     layer.compact()
     exact = layer.held.pos[0, 0][layer.held.tier[0, 0] == EXACT].tolist()
     assert {5.0, 9.0} <= set(layer.held.pos[0, 0].tolist())
@@ -326,7 +329,6 @@ def test_a_permutation_of_heads_permutes_the_layer():
             part = slice(start, start + 5)
             layer.update(keys[:, heads, part], values[:, heads, part])
             layer.observe(shown[:, :, part], SCALE)
-            layer.settle()
     for name, tensor in layers[0].held.tensors().items():
         torch.testing.assert_close(getattr(layers[1].held, name), tensor[:, order], rtol=1e-4, atol=1e-5, msg=name)
 
@@ -341,7 +343,6 @@ def test_a_row_alone_holds_what_it_holds_in_a_batch(compressor):
         for layer, rows in ((together, slice(0, 3)), (alone, slice(1, 2))):
             layer.update(keys[rows, :, part], values[rows, :, part])
             layer.observe(queries[rows, :, part], SCALE)
-            layer.settle()
     for name, tensor in together.held.tensors().items():
         torch.testing.assert_close(getattr(alone.held, name), tensor[1:2], rtol=1e-3, atol=1e-4, msg=name)
 
@@ -355,14 +356,14 @@ def test_the_bias_is_log_mass_with_causality_among_the_new_tokens():
     keys, values = random_states(3, 1, HEADS, DIM, seed=5)
     layer.update(keys, values)
     bias = layer.attention_bias(3, GROUPS, torch.float32)
-    held = layer.held
-    assert bias.shape == (1, HEADS * GROUPS, 3, held.length)
+    beta = layer.stream.part_of(0).stack.tokens.beta[:, :, : bias.shape[-1]]
+    assert bias.shape == (1, HEADS * GROUPS, 3, beta.shape[-1])
     lowest = torch.finfo(torch.float32).min / 2
     for head in range(HEADS * GROUPS):
         for query in range(3):
             hidden = 2 - query
-            seen = held.length - hidden
-            assert torch.equal(bias[0, head, query, :seen], held.beta[0, head // GROUPS, :seen])
+            seen = beta.shape[-1] - hidden
+            assert torch.equal(bias[0, head, query, :seen], beta[0, head // GROUPS, :seen])
             assert bias[0, head, query, seen:].eq(lowest).all()
 
 
@@ -371,10 +372,12 @@ def test_unused_slots_get_the_smallest_number():
     keys, values = random_states(60, 1, HEADS, DIM)
     keys[:, 0], values[:, 0] = 1 + 0.01 * keys[:, 0], 1 + 0.01 * values[:, 0]
     feed(layer, keys, values)
-    assert (~layer.held.valid).any()
+    valid = torch.nn.functional.pad(layer.held.valid, (0, 1), value=True)
+    assert (~valid).any()
+    layer.update(*random_states(1, 1, HEADS, DIM, seed=3))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         bias = layer.attention_bias(1, GROUPS, dtype)
-        unused = ~layer.held.valid.repeat_interleave(GROUPS, dim=1)
+        unused = ~valid.repeat_interleave(GROUPS, dim=1)
         assert bias.dtype == dtype and bias.isfinite().all()
         assert bias[:, :, 0][unused].eq(torch.finfo(dtype).min / 2).all()
 
@@ -410,16 +413,15 @@ def test_a_fresh_layer_answers_every_question():
     assert layer.held_tokens().tolist() == [0]
     layer.crop(-3)
     layer.reset()
-    layer.reorder_cache(torch.tensor([0]))
 
 
 def test_compaction_time_is_counted_only_when_asked_for():
     layer = make()
     run(layer, 60, 5)
-    assert layer.compaction_seconds == 0
-    layer.profile = True
+    assert layer.stream.clock.seconds == 0
+    layer.stream.clock.running = True
     run(layer, 60, 5)
-    assert layer.compaction_seconds > 0
+    assert layer.stream.clock.seconds > 0
 
 
 def test_what_is_counted_adds_up():
@@ -428,7 +430,7 @@ def test_what_is_counted_adds_up():
     assert int(layer.kept_exact) == int(layer.dropped) == 0
     run(layer, 1, 1)
     # 26 tokens were held: 2 sinks and 10 recent left 14 for a middle of 8.
-    assert layer.compressions == HEADS
+    assert layer.head_compactions == HEADS
     assert int(layer.kept_exact) + int(layer.kept_compressed) == 8 * HEADS
     assert int(layer.dropped) == 6 * HEADS
 
@@ -447,7 +449,7 @@ def test_nan_or_inf_is_refused_by_name_and_changes_nothing(bad, which, tokens, n
     keys, values = random_states(new, 1, HEADS, DIM, seed=9)
     (keys if which == "key_states" else values)[0, 1, new // 2, 3] = bad
     with pytest.raises(NonFiniteError, match=which):
-        layer.update(keys, values)
+        feed(layer, keys, values)
     assert_same(state_of(layer), before)
 
 
@@ -457,7 +459,7 @@ def test_states_that_do_not_fit_are_refused_and_change_nothing(shape):
     run(layer, 26, 5)
     before = state_of(layer)
     keys, values = random_states(2, **{"batch": 1, "heads": HEADS, "dim": DIM, **shape})
-    with pytest.raises(ValueError, match="do not fit the cache"):
+    with pytest.raises(ValueError, match="(do|does) not fit the cache"):
         layer.update(keys, values)
     assert_same(state_of(layer), before)
 
@@ -477,7 +479,7 @@ def test_an_update_taken_back_leaves_no_trace(compressor, tokens, new):
         run(layer, tokens, 5)
     keys, values = random_states(new, 1, HEADS, DIM, seed=9)
     taken_back.update(1e3 * keys, -values)
-    assert taken_back.roll_back()
+    taken_back.stream.abort()
     assert taken_back.seen == tokens
     for layer in (taken_back, never):
         feed(layer, keys, values)
@@ -486,27 +488,21 @@ def test_an_update_taken_back_leaves_no_trace(compressor, tokens, new):
 
 
 @pytest.mark.parametrize("compressor", ["low_rank", "attention_matching"])
-@pytest.mark.parametrize("tokens,new", [(3, 1), (3, 4), (14, 1), (14, 6), (20, 4)])
+@pytest.mark.parametrize("tokens,new", [(3, 1), (3, 4), (14, 1), (14, 6), (20, 4), (26, 60)])
 def test_an_update_whose_queries_were_seen_is_taken_back_without_a_trace(compressor, tokens, new):
     taken_back, never = make(compressor_type=compressor), make(compressor_type=compressor)
     for layer in (taken_back, never):
         run(layer, tokens, 4)
     keys, values = random_states(new, 1, HEADS, DIM, seed=9)
+    taken_back.ends_passes = False
     taken_back.update(keys, values)
     taken_back.observe(random_queries(new, seed=77), SCALE)
-    assert taken_back.roll_back()
+    taken_back.stream.abort()
+    taken_back.ends_passes = True
     for layer in (taken_back, never):
         feed(layer, keys, values)
         run(layer, 30, 3, seed=4)
     assert_same(state_of(taken_back), state_of(never))
-
-
-def test_a_compacted_pass_can_not_be_taken_back_and_says_so():
-    layer = make()
-    run(layer, 26, 5)
-    layer.update(*random_states(60, 1, HEADS, DIM))
-    layer.observe(random_queries(60), SCALE)
-    assert not layer.roll_back()
 
 
 def test_crop_removes_the_newest_tokens():
@@ -543,7 +539,7 @@ def test_reset_makes_a_new_layer():
     layer, fresh = make(), make()
     run(layer, 100, 7, batch=2)
     layer.reset()
-    assert layer.nbytes == 0 and layer.keys is None and layer.compressions == 0
+    assert layer.nbytes == 0 and layer.keys is None and layer.stack is None
     for each in (layer, fresh):
         run(each, 70, 7)
     assert_same(state_of(layer), state_of(fresh))
@@ -564,19 +560,18 @@ def test_a_deep_copy_goes_its_own_way(tokens):
 
 @pytest.mark.parametrize("tokens", [10, 70])
 @pytest.mark.parametrize(
-    "change,rows",
+    "rows",
     [
-        (lambda layer: layer.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
-        (lambda layer: layer.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
-        (lambda layer: layer.batch_select_indices(torch.tensor([1])), [1]),
+        [2, 0, 0],
+        [0, 0, 1, 1, 2, 2],
+        [1],
     ],
-    ids=["reorder_cache", "batch_repeat_interleave", "batch_select_indices"],
 )
-def test_rows_move_with_everything_that_belongs_to_them(tokens, change, rows):
+def test_rows_move_with_everything_that_belongs_to_them(tokens, rows):
     layer = make(use_adaptive_budget=True)
     run(layer, tokens, 5, batch=3)
     before = state_of(layer)
-    change(layer)
+    layer.stream.pick(rows)
     after = state_of(layer)
     for name, value in before.items():
         if isinstance(value, torch.Tensor):
@@ -594,10 +589,10 @@ def test_offloading_is_refused():
 def test_a_wired_layer_that_is_shown_no_queries_says_so_before_it_forgets_anything():
     layer = make()
     keys, values = random_states(26, 1, HEADS, DIM)
-    layer.update(keys, values)
     before = state_of(layer)
+    layer.update(keys, values)
     with pytest.raises(RuntimeError, match="not \\(or no longer\\) enabled"):
-        layer.update(*random_states(1, 1, HEADS, DIM))
+        layer.stream.commit()
     assert_same(state_of(layer), before)
 
 

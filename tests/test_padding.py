@@ -15,7 +15,6 @@ from transformers import DynamicCache, StoppingCriteria
 from streaming_llm import ADMSConfig, ADMSKVCache, ADMSLayer, enable_adms_llm
 from streaming_llm.evaluation.soak import tiny_model
 from streaming_llm.padding import known_figures, mask_figures, with_columns
-from streaming_llm.rows import PaddedLayer
 
 SMALL = {
     "start_size": 2, "recent_size": 16, "compressed_budget": 12, "compression_interval": 24, "rank": 8,
@@ -73,7 +72,7 @@ def test_before_a_compaction_any_mask_of_the_past_counts_as_with_dynamic_cache(p
         columns = seen + new
         drawn = (torch.rand(batch, columns) < share).long()
         # Once padding has lost its slots it can't be shown any more.
-        drawn[:, :seen] *= mask if getattr(cache.layers[0], "aligned", False) else 1
+        drawn[:, :seen] *= mask if cache.stream.aligned else 1
         if drawn.sum(1).max() > FULL:
             break
         mask, ids = drawn, token_ids(new, batch, seed=seed + seen)
@@ -129,10 +128,9 @@ def test_a_row_equals_one_that_never_saw_what_a_mask_hides(modules):
 def test_past_the_bound_a_hidden_token_is_attended_to_no_more(columns):
     cache, _, mask = past_the_bound(MODEL)
     by_hand = copy.deepcopy(cache)
-    for layer in by_hand.layers:
-        layer._bias = None
+    for stack in by_hand.stream.stacks:
         for column in columns:
-            layer.buffer.beta[:, :, layer.length - (70 - column)] = -torch.inf
+            stack.tokens.beta[:, :, stack.columns - (70 - column)] = -torch.inf
     mask[:, list(columns)] = 0
     mask = torch.nn.functional.pad(mask, (0, 3), value=1)
     ids = token_ids(3, 2, seed=7)
@@ -164,7 +162,7 @@ def test_a_mask_that_asks_for_what_is_not_held_is_refused_and_nothing_changed(ca
     untouched = copy.deepcopy(cache)
     with pytest.raises(ValueError, match=f"attention_mask has {message}.*cache.reset"):
         ask(MODEL, cache, token_ids(1, 2), wrong)
-    assert cache.padding == untouched.padding and all(isinstance(own, PaddedLayer) == bool(value) for own in cache.layers)
+    assert cache.padding == untouched.padding and cache.stream.padded == bool(value)
     assert torch.equal(*(ask(MODEL, own, token_ids(1, 2), right) for own in (cache, untouched)))
 
 
@@ -298,7 +296,7 @@ def test_layers_with_a_sliding_window_see_the_same_mask():
 def test_a_mask_of_ones_leaves_an_unpadded_cache_as_it_is():
     cache, ids, mask = past_the_bound(MODEL)
     ask(MODEL, cache, ids[:, -1:], torch.nn.functional.pad(mask, (0, 1), value=1))
-    assert cache.padding == [] and not any(isinstance(layer, PaddedLayer) for layer in cache.layers)
+    assert cache.padding == [] and not cache.stream.padded
 
 
 @given(data=st.data(), rows=st.integers(1, 3), columns=st.integers(1, 60))

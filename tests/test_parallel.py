@@ -16,10 +16,19 @@ import torch
 from conftest import make_tiny_llama, random_queries, random_states, stream, token_ids
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from streaming_llm import ADMSConfig, ADMSLayer, enable_adms_llm
-from streaming_llm.layer import STATES, Arrival
+from streaming_llm import ADMSConfig, enable_adms_llm
+from streaming_llm.evaluation.lone_layer import LoneLayer
+from streaming_llm.store.stack import Stack
+from streaming_llm.stream.passes import Arrival
 
 SMALL, PLUS = parallel_run.SMALL, parallel_run.PLUS
+
+
+def devices_of(stack: Stack) -> set[str]:
+    """The kinds of devices that a stack's tensors are on."""
+    tensors = [*stack.tokens.tensors().values(), stack.queries]
+    tensors += [tensor for state in stack.memory.states().values() for tensor in state.tensors().values()]
+    return {tensor.device.type for tensor in tensors}
 
 
 def test_two_processes_with_half_the_heads_each_say_what_one_process_says(tmp_path):
@@ -62,7 +71,7 @@ def test_offloaded_layers_say_what_the_model_says(config, where, tmp_path):
     )
     cache = enable_adms_llm(moved, config)
     assert torch.equal(stream(moved, ids, cache, 5), expected)
-    assert all(layer.buffer.keys.device.type == "cpu" for layer in cache.layers)
+    assert all(devices_of(layer.stack) == {"cpu"} for layer in cache.layers)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() == 0, reason="needs an accelerator beside the CPU")
@@ -76,11 +85,7 @@ def test_each_layers_state_lives_with_its_layer(config):
     moved = accelerate.dispatch_model(make_tiny_llama(), places, main_device="cpu")
     cache = enable_adms_llm(moved, config)
     torch.testing.assert_close(stream(moved, ids, cache, 5), expected, rtol=1e-2, atol=1e-2)
-    for layer, kind in zip(cache.layers, ("cpu", "cuda"), strict=True):
-        held = [*layer.buffer.tensors().values(), layer.query_buffer]
-        held += [tensor for name in ("originals", "replay_state", "calibration", "controller")
-                 if getattr(layer, name) is not None for tensor in getattr(layer, name).tensors().values()]  # fmt: skip
-        assert {tensor.device.type for tensor in held} == {kind}
+    assert [devices_of(layer.stack) for layer in cache.layers] == [{"cpu"}, {"cuda"}]
 
 
 @pytest.mark.parametrize(
@@ -91,18 +96,18 @@ def test_each_layers_state_lives_with_its_layer(config):
 def test_all_a_layer_makes_is_on_the_device_of_its_keys(config, compressor):
     # The meta device has no numbers, and refuses to mix with any other: what is made elsewhere shows at once.
     config = dataclasses.replace(config, compressor_type=compressor)
-    layer = ADMSLayer(config, wired=True)
+    layer = LoneLayer(config)
+    # Layers that trade budget ask the device what each lost: there is nothing to ask.
+    layer.stream.next_trades = (1_000_000,) * 2
     for tokens in [4] * 20 + [60] + [1] * 20:
         keys, values = random_states(tokens, 2, dim=16)
-        arrival = Arrival(torch.arange(tokens)[None], torch.ones(2, tokens, dtype=torch.bool))
+        real = torch.ones(2, tokens, dtype=torch.bool)
+        arrival = Arrival(tokens, (tokens, tokens), torch.arange(tokens)[None], real, tail=tokens)
         layer.update(keys.to("meta"), values.to("meta"), arrival=arrival)
         assert layer.attention_bias(tokens, 2, torch.float32).device.type == "meta"
         layer.observe(random_queries(tokens, 2, dim=16).to("meta"), 0.25)
-        layer.settle()
-    assert layer.rounds > 8
-    states = [getattr(layer, name) for name in STATES if getattr(layer, name) is not None]
-    tensors = [tensor for state in (layer.buffer, *states) for tensor in state.tensors().values()]
-    assert {tensor.device.type for tensor in (*tensors, layer.query_buffer)} == {"meta"}
+    assert layer.row.compactions > 8
+    assert devices_of(layer.stack) == {"meta"}
 
 
 # -- quantised weights ---------------------------------------------------------------------------------------------------
@@ -134,4 +139,4 @@ def test_quantised_weights_give_equal_logits_below_the_bound_and_finite_ones_pas
     expected = stream(model, ids[:, :30], DynamicCache(config=model.config), 5)
     assert torch.equal(stream(model, ids[:, :30], enable_adms_llm(model, **SMALL), 5), expected)
     cache = enable_adms_llm(model, PLUS)
-    assert stream(model, ids, cache, 5).isfinite().all() and cache.layers[0].compacted
+    assert stream(model, ids, cache, 5).isfinite().all() and cache.layers[0].stack.compacted

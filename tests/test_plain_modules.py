@@ -10,8 +10,9 @@ from plain_modules import ModuleCache
 from test_plain import assert_same_state, batched, distinct
 from test_plain_padded import long_row, padded_stream
 
-from streaming_llm import enable_adms_llm, positions
+from streaming_llm import enable_adms_llm
 from streaming_llm.evaluation.soak import tiny_model
+from streaming_llm.stream import positions
 
 SIZES = {
     "start_size": 2, "recent_size": 10, "compressed_budget": 10, "compression_interval": 8, "rank": 6,

@@ -8,7 +8,8 @@ import torch
 from conftest import make_tiny_llama
 from test_plain import SMALL, assert_same_state, distinct
 
-from streaming_llm import enable_adms_llm, positions
+from streaming_llm import enable_adms_llm
+from streaming_llm.stream import positions
 
 MODEL = make_tiny_llama()
 NEW = 48
@@ -89,7 +90,8 @@ def test_rows_are_alone_with_other_settings_too(chosen):
 
 
 @pytest.mark.parametrize(
-    "policy,chunks", [("absolute", 5), ("auto", 5), ("auto", [40, 1]), ("cache", 5), ("cache", [70, 3])]
+    "policy,chunks",
+    [("absolute", 5), ("auto", 5), ("auto", [40, 1]), ("auto", [30, 5, 5, 25]), ("cache", 5), ("cache", [70, 3, 3, 18, 1])],
 )
 def test_the_position_window_is_the_references(policy, chunks):
     """A model trained on 80 positions, streamed over 180: `auto` moves back when it gets there, `cache` at a compaction."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import stream, token_ids
+from conftest import random_queries, stream, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_families import make
 from test_rows import SMALL, left_padded, run_padded
 from transformers import DynamicCache
 
-from streaming_llm import ADMSConfig, ADMSLayer, enable_adms_llm, enable_streaming_llm
+from streaming_llm import ADMSConfig, enable_adms_llm, enable_streaming_llm
+from streaming_llm.evaluation.lone_layer import LoneLayer
 from streaming_llm.importance import attention_logits
-from streaming_llm.positions import PositionWindow
+from streaming_llm.stream.passes import Arrival
+from streaming_llm.stream.positions import PositionWindow
 from streaming_llm.tokens import CHANGED
 
 WINDOW = 96
@@ -61,7 +63,7 @@ def test_positions_never_leave_the_window_and_keep_their_order(name, chunk, give
             assert (held.pos[held.valid] >= 0).all() and (held.pos[held.valid] < WINDOW).all()
             both = held.valid[..., 1:] & held.valid[..., :-1]
             assert (held.pos.diff(dim=-1)[both] >= 0).all()
-            recent = held.pos[:, :, -min(layer.length, config.recent_size) :]
+            recent = held.pos[:, :, -min(layer.stack.columns, config.recent_size) :]
             assert (recent.diff(dim=-1) == 1).all()
     assert 0 <= min(int(p.min()) for p in given_positions) and max(int(p.max()) for p in given_positions) < WINDOW
 
@@ -130,10 +132,10 @@ def test_the_index_in_the_cache_is_what_streaming_llm_counts(given_positions):
     cache = enable_streaming_llm(MODEL, 2, 16, compression_interval=1, rank=8, position_policy="cache")
     for token in token_ids(60).T:
         given_positions.clear()
-        held = cache.layers[0].length
+        held = cache.held_tokens
         stream(MODEL, token[None], cache, 1)
         assert given_positions[0].tolist() == [[min(held, 18)]]
-        assert cache.layers[0].held.pos[0, 0].tolist() == list(range(cache.layers[0].length))
+        assert cache.layers[0].held.pos[0, 0].tolist() == list(range(cache.held_tokens))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -142,23 +144,19 @@ def test_thousands_of_shifts_of_a_half_precision_key_are_one_rounding(dtype, cou
     config = ADMSConfig(**{**SMALL, "start_size": 0})
     model = small_window().to(dtype)
     rope = enable_adms_llm(model, config).layers[0].rope
-    layer = ADMSLayer(config, wired=True)
-    layer.rope = rope
+    layer = LoneLayer(config)
+    layer.stream.ropes[0] = rope
     generator = torch.Generator().manual_seed(0)
     keys, values = torch.randn(2, 1, 2, 10, 8, generator=generator).to(dtype)
-    layer.update(keys, values)
-    steps = torch.randint(-40, 41, (count,), generator=generator)
     at = 1000
-    layer.buffer.pos[:, :, :10] += at
-    first = layer.buffer.pos[:, :, :10].clone()
+    layer.update(keys, values, arrival=Arrival(10, (10,), torch.arange(at, at + 10)[None]))
+    layer.observe(random_queries(10).to(dtype), 8**-0.5)
+    first = layer.held.pos
+    steps = torch.randint(-40, 41, (count,), generator=generator)
     for step in steps.tolist():
+        # The cache asks for moves back only; forward is the same rotation.
         at -= step
-        shift = torch.tensor([step])
-        if step < 0:  # only moves back are asked for by the cache; forward is the same rotation
-            layer.buffer.pos[:, :, :10].sub_(step)
-            layer._move(layer.held, layer.held.pos)
-        else:
-            layer.move_window(shift)
+        layer.stream.stacks = [layer.stream.upkeep.moved(layer.stack, [step])]
     held = layer.held
     assert torch.equal(held.pos, first + (at - 1000))
     once = rope.move(keys.double(), first, held.pos)
@@ -200,14 +198,6 @@ def test_half_precision_streams_hold_exact_keys_once_they_moved(name, config):
     assert cache.nbytes == said if name == "base" else abs(cache.nbytes - said) < 0.1 * said
 
 
-def draws_and_weights(layer):
-    """What the middle tokens draw of the newest queries beside all tokens, their log-masses and which slots they have."""
-    held, config = layer.held, layer.config
-    middle = slice(config.dynamic_start_size, config.dynamic_start_size + layer.width)
-    logits = attention_logits(layer.newest_queries(), held.keys, held.beta)
-    return logits, held.beta[:, :, middle].clone(), middle
-
-
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("shift", [7, 40])
 def test_no_token_that_weighs_more_than_itself_draws_more_after_a_move(config, shift):
@@ -215,42 +205,76 @@ def test_no_token_that_weighs_more_than_itself_draws_more_after_a_move(config, s
     cache = enable_adms_llm(MODEL, config)
     stream(MODEL, token_ids(93, 2), cache, 3)
     lighter = 0
-    for layer in cache.layers:
-        before, beta, middle = draws_and_weights(layer)
-        sums = before.exp().sum(-1, keepdim=True)
-        own = before.exp() / sums
-        layer.move_window(torch.tensor([shift]))
-        after, less, _ = draws_and_weights(layer)
+    for stack in cache.stream.stacks:
+        row, rows = stack.rows[0], [0, 1]
+        middle = slice(config.dynamic_start_size, config.dynamic_start_size + row.width)
+        number = min(config.recent_size, config.kept_queries)
+        assert row.queries >= number > 0
+        moved = cache.stream.upkeep.moved(stack, [shift] * 2)
+        logits, betas = [], []
+        for own in (stack, moved):
+            held = own.held(rows)
+            logits.append(attention_logits(own.stored_queries(rows).last(number), held.keys, held.beta))
+            betas.append(held.beta[:, :, middle])
+        sums = logits[0].exp().sum(-1, keepdim=True)
+        before, after = ((own.exp() / sums).sum((2, 3))[..., middle] for own in logits)
+        beta, less = betas
         assert ((less <= beta) & ((less == beta) | (less > 0))).all()
-        heavy = (less > 2 * CHANGED).expand_as(beta)
-        now = (after.exp() / sums).sum((2, 3))[..., middle]
-        assert (now <= own.sum((2, 3))[..., middle] * 1.001 + 1e-6)[heavy].all()
+        heavy = less > 2 * CHANGED
+        assert (after <= before * 1.001 + 1e-6)[heavy].all()
         lighter += int((less < beta).sum())
     assert lighter
 
 
-@pytest.mark.parametrize(("chunk", "tokens", "most"), [(1, 66, 8), (3, 63, 6)])
-def test_the_newest_queries_are_those_of_the_newest_tokens(chunk, tokens, most):
+@pytest.mark.parametrize(("chunk", "tokens"), [(1, 66), (3, 63)])
+def test_the_stored_queries_are_those_of_the_newest_tokens(chunk, tokens):
     cache, shown = enable_adms_llm(MODEL, **SMALL), []
     layer, observe = cache.layers[0], cache.layers[0].observe
     layer.observe = lambda query, *args: (shown.append(query), observe(query, *args))[1]
+
+    def stored():
+        states = layer.stack.stored_queries([0]).states
+        return layer.stack.of_layer(0, states).flatten(1, 2)
+
     for _ in range(tokens // chunk):
         stream(MODEL, token_ids(chunk, 1), cache, chunk)
-        queries = layer.newest_queries()
-        told = torch.cat(shown, dim=2)[:, :, -queries.window :]
-        assert queries.states.flatten(1, 2).equal(told)
-    assert layer.compacted and queries.window == most
-    count = layer.query_count
-    assert 0 < count < queries.window, "there are queries from before the last compaction among them"
-    layer.crop(-1)
-    assert layer.newest_queries().window == count - 1, "what was overwritten is not taken for a query"
+        told = torch.cat(shown, dim=2)
+        window = stored().shape[2]
+        assert stored().equal(told[:, :, -window:])
+        assert window >= min(told.shape[2], cache.config.kept_queries)
+    row = layer.stack.rows[0]
+    assert row.compactions and 0 < row.kept < row.queries, "some are from before the last compaction, some from after it"
+    cache.crop(-1)
+    assert stored().equal(told[:, :, -window:-1]), "the query of a token that is taken back goes with it"
+
+
+def queries_at_moves(cache):
+    """How many queries every move of the cache's positions has to look at, from now on."""
+    seen, moved = [], cache.stream.upkeep.moved
+
+    def note(stack, shifts):
+        seen.extend(row.queries for row, shift in zip(stack.rows, shifts, strict=True) if shift)
+        return moved(stack, shifts)
+
+    cache.stream.upkeep.moved = note
+    return seen
+
+
+@pytest.mark.parametrize("name", ["base", "cache", "vq"])
+@pytest.mark.parametrize("chunk", [8, 20, 30])
+def test_a_move_has_its_queries_however_long_the_pass_that_wants_it(name, chunk):
+    """A long pass needs the room of the stored queries: they go, but not before the move."""
+    cache = enable_adms_llm(MODEL, CONFIGS[name])
+    stream(MODEL, token_ids(60), cache, 5)
+    seen = queries_at_moves(cache)
+    stream(MODEL, token_ids(120), cache, chunk)
+    assert seen and min(seen) >= cache.config.kept_queries
 
 
 def stretch(tokens, mass_decay, limit=WINDOW):
     """Log-masses of the first layer after so many tokens at the given decay."""
     cache = enable_adms_llm(MODEL, **SMALL, mass_decay=mass_decay)
-    for layer in cache.layers:
-        layer.limit = limit
+    cache.stream.upkeep.limit = limit
     stream(MODEL, token_ids(tokens, 2), cache, 4)
     return cache.layers[0].held.beta.clone()
 
@@ -265,15 +289,17 @@ def test_masses_fade_past_the_trained_length_only():
 def test_what_a_token_weighs_for_others_fades_by_the_decay():
     cache = enable_adms_llm(MODEL, **SMALL, mass_decay=0.25)
     stream(MODEL, token_ids(90, 2), cache, 1)
-    layer = cache.layers[0]
-    held, middle = layer.held, slice(layer.config.dynamic_start_size, layer.config.dynamic_start_size + layer.width)
-    before = held.beta.clone()
-    assert (before[:, :, middle] > 0.1).any()
-    layer.limit = layer.seen - 1
-    layer._forget_mass(held)
-    share = 0.25 ** ((layer.length - layer.resting_length) / 64)
+    stack, config, rows, seen = cache.stream.stacks[0], cache.config, [0, 1], []
+    row, compress = stack.rows[0], cache.stream.compressor.compress
+    cache.stream.compressor.compress = lambda tokens, *args: (seen.append(tokens.beta), compress(tokens, *args))[1]
+    before = stack.held(rows).beta[:, :, config.dynamic_start_size : row.length - config.recent_size]
+    assert (before > 0.1).any()
+    cache.stream.upkeep.limit = row.seen - 1
+    cache.stream.upkeep.compacted(stack, [rows])
+    share = 0.25 ** ((row.length - row.resting(config)) / 64)
+    assert share < 1
     expected = torch.where(before > CHANGED, (1 + (before.exp() - 1) * share).log(), before)
-    torch.testing.assert_close(held.beta, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_rows_move_each_by_its_own_count():

@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_tiny_llama, random_states, stream, token_ids
+from conftest import make_tiny_llama, memory_of, random_states, stream, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -334,7 +334,7 @@ class Recorded:
         assert self.cache.held_tokens <= config.expected_max_tokens
         for layer, fed in zip(self.cache.layers, self.given, strict=True):
             held = layer.held
-            assert layer.length <= config.expected_max_tokens
+            assert layer.stack.columns <= config.expected_max_tokens
             assert held.valid.sum(-1).max() <= config.expected_max_tokens
             assert held.count.sum(-1).eq(seen).all()
             for tensor in (held.keys, held.values, held.mass, held.score, held.square, held.beta[held.valid]):
@@ -351,8 +351,8 @@ class Recorded:
             # Nothing is there twice.
             marks = torch.zeros(*own.shape[:2], seen, dtype=torch.int64).scatter_add_(2, place[..., 0], own.long())
             assert marks.max() <= 1
-            if layer.originals is not None:
-                bank = layer.originals
+            bank, width = memory_of(layer).originals, layer.stack.rows[0].width
+            if bank is not None:
                 for mine, all_of_them in zip((bank.keys, bank.values), states, strict=True):
                     spot = bank.pos.long()[..., None]
                     expected = all_of_them.gather(2, spot.expand(*spot.shape[:3], mine.shape[-1]))
@@ -363,13 +363,13 @@ class Recorded:
                 if layer.compacted:
                     # What stands for an original is there, stands for at least as many as it has, and is no original.
                     first = config.dynamic_start_size
-                    count = held.slice(first, first + layer.width).count
+                    count = held.slice(first, first + width).count
                     led = torch.zeros_like(count).scatter_add_(2, bank.parent, bank.valid.int())
                     assert (led <= count).all()
                     assert not (marks.bool() & stored.bool()).any()
             if layer.compacted:
                 first = config.dynamic_start_size
-                middle = held.slice(first, first + layer.width)
+                middle = held.slice(first, first + width)
                 assert middle.valid.sum(-1).max() <= config.middle_allocation
                 valid = middle.valid
                 assert (valid[..., 1:] <= valid[..., :-1]).all()
@@ -467,7 +467,7 @@ def test_a_token_that_comes_back_has_the_score_it_left_with(mode):
     for start in range(0, 200, 4):
         stream(model, ids[:, start : start + 4], cache, 4)
         for layer, least in zip(cache.layers, highest, strict=True):
-            held, bank = layer.held, layer.originals
+            held, bank = layer.held, memory_of(layer).originals
             for own, tokens in ((is_original(held), held), (bank.valid, bank)):
                 before = least.gather(2, tokens.pos.long())
                 assert (tokens.score >= before)[own].all()

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from conftest import make_tiny_llama, random_queries, random_states, stream, token_ids
+from conftest import make_tiny_llama, memory_of, random_queries, random_states, stream, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streaming_llm import ADMSConfig, ADMSKVCache, ADMSLayer, WeightedTokens, enable_adms_llm, middle
-from streaming_llm import layer as layer_module
+from streaming_llm import ADMSConfig, ADMSKVCache, ADMSLayer, WeightedTokens, enable_adms_llm
+from streaming_llm.compaction import pipeline
 from streaming_llm.controller import attention_output
+from streaming_llm.evaluation.lone_layer import LoneLayer
 from streaming_llm.recall import Originals
 from streaming_llm.replay import leading_energy, replay, replay_count, spectral_energy
 from streaming_llm.tokens import EXACT, PRECISION, REPLAY, concatenate
@@ -277,8 +278,8 @@ SMALL = {
 
 
 def middle_of(layer: ADMSLayer) -> WeightedTokens:
-    first = layer.config.dynamic_start_size
-    return layer.held.slice(first, first + layer.width)
+    first = layer.stack.config.dynamic_start_size
+    return layer.held.slice(first, first + layer.stack.rows[0].width)
 
 
 @pytest.mark.parametrize(
@@ -290,12 +291,12 @@ def test_a_head_replays_while_its_energy_is_below_the_threshold(compressor, thre
     cache = enable_adms_llm(model, **SMALL, compressor_type=compressor, energy_replay_threshold=threshold)
     first, triggers, replayed, reserved = cache.layers[0], 0, 0, [torch.full((1, 2), 6)] * 2
     for start in range(0, 240, 4):
-        rounds = first.rounds
+        compactions = first.stack.rows[0].compactions if start else 0
         stream(model, ids[:, start : start + 4], cache, 4)
-        if first.rounds == rounds:
+        if first.stack.rows[0].compactions == compactions:
             continue
         for number, layer in enumerate(cache.layers):
-            energy, tokens = layer.replay_state.energy, middle_of(layer)
+            energy, tokens = memory_of(layer).replay.energy, middle_of(layer)
             assert ((energy >= 0) & (energy <= 1)).all()
             wanted = replay_count(energy, threshold, 6)
             back = (tokens.tier == REPLAY).sum(-1)
@@ -307,7 +308,7 @@ def test_a_head_replays_while_its_energy_is_below_the_threshold(compressor, thre
             # A stand-in of which nothing is left frees its slot.
             assert free[back == 0].all()
             reserved[number] = torch.where(wanted > 0, 6, 0)
-            assert torch.equal(layer.replay_state.reserved, reserved[number])
+            assert torch.equal(memory_of(layer).replay.reserved, reserved[number])
             triggers, replayed = triggers + int((back > 0).sum()), replayed + int(back.sum())
         assert cache.stats["total_replay_triggers"] == triggers
         assert cache.stats["total_replay_tokens"] == replayed
@@ -347,9 +348,11 @@ def test_replay_brings_the_attention_output_nearer_to_what_it_was(compressor, mo
     held: dict = {}
     errors: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def compacting(layer, source, tokens, first, *others):
-        held.update(queries=layer.stored_queries(0).last(16), source=source, first=first, last=first + tokens.length)
-        return middle.compress_with_originals(layer, source, tokens, first, *others)
+    def compacting(compaction, source, tokens, first, budget):
+        held.update(queries=compaction.queries.last(16), source=source, first=first, last=first + tokens.length)
+        return with_originals(compaction, source, tokens, first, budget)
+
+    with_originals = pipeline._Compaction._with_originals
 
     def replaying(made, *others):
         left, back = replay(made, *others)
@@ -365,16 +368,15 @@ def test_replay_brings_the_attention_output_nearer_to_what_it_was(compressor, mo
         errors.append((error(made)[triggered], error(left, back)[triggered]))
         return left, back
 
-    monkeypatch.setattr(layer_module, "compress_with_originals", compacting)
-    monkeypatch.setattr(middle, "replay", replaying)
+    monkeypatch.setattr(pipeline._Compaction, "_with_originals", compacting)
+    monkeypatch.setattr(pipeline, "replay", replaying)
     chosen = {**SMALL, "start_size": 2, "recent_size": 16, "replay_budget": 8, "energy_replay_threshold": 1.0}
     for seed in range(8):
-        layer = ADMSLayer(ADMSConfig(**chosen, compressor_type=compressor), wired=True)
+        layer = LoneLayer(ADMSConfig(**chosen, compressor_type=compressor))
         keys, values = random_states(98, 2, 2, DIM, seed)
         for start in range(0, 98, 2):
             layer.update(keys[:, :, start : start + 2], values[:, :, start : start + 2])
             layer.observe(random_queries(2, 2, 2, 2, DIM, seed=1000 * seed + start), DIM**-0.5)
-            layer.settle()
     without, with_replay = (torch.cat(part) for part in zip(*errors, strict=True))
     # Measured: 2% (low_rank) and 6% (vq) less on average, in 87% and 97% of the cases.
     assert len(without) >= 20

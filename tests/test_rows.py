@@ -12,8 +12,8 @@ from test_families import FAMILIES, make
 
 import streaming_llm.baselines  # noqa: F401  registers the policies
 from streaming_llm import ADMSConfig, ADMSLayer, enable_adms_llm
-from streaming_llm.layer import Arrival
-from streaming_llm.rows import PaddedLayer
+from streaming_llm.evaluation.lone_layer import LoneLayer
+from streaming_llm.stream.passes import Arrival
 
 SMALL = {
     "start_size": 2, "recent_size": 16, "compressed_budget": 12, "compression_interval": 8, "rank": 8,
@@ -250,7 +250,7 @@ def test_tokens_of_a_padded_batch_can_be_taken_back_but_not_past_the_padding(tok
     for cache in (cropped, never):
         run_padded(MODEL, cache, ids, mask, positions, passes(tokens, 1))
     wrong, right = token_ids(2, 2, seed=5), token_ids(20, 2, seed=6)
-    while not all(part.length + 2 <= part.capacity for cohort in cropped.layers[0].cohorts for part in [cohort.part]):
+    while not all(row.length + 2 <= row.capacity(cropped.config) for row in cropped.layers[0].stack.rows):
         for cache in (cropped, never):
             stream(MODEL, right[:, :1], cache, 1)
     stream(MODEL, wrong, cropped, 2)
@@ -265,8 +265,9 @@ def test_a_reset_cache_knows_nothing_of_padding():
     ids, mask, positions = left_padded(rows)
     cache = enable_adms_llm(MODEL, **SMALL)
     run_padded(MODEL, cache, ids, mask, positions, passes(60, 1))
-    assert isinstance(cache.layers[0], PaddedLayer)
+    assert cache.stream.padded and len({row.length for row in cache.layers[0].stack.rows}) == 2
     cache.reset()
+    assert not cache.stream.padded and not cache.stream.stacks
     plain = token_ids(80)
     assert torch.equal(stream(MODEL, plain, cache, 5), stream(MODEL, plain, enable_adms_llm(MODEL, **SMALL), 5))
 
@@ -317,17 +318,18 @@ def test_the_sinks_of_a_row_are_its_first_real_tokens():
     keys, values = random_states(60, 2, 2, 8)
     real = torch.ones(2, 60, dtype=torch.bool)
     real[0, :9] = False
-    layer = PaddedLayer(ADMSLayer(ADMSConfig(**SMALL), wired=True), 2)
+    layer = LoneLayer(ADMSConfig(**SMALL))
     for start in range(0, 60, 5):
         part = slice(start, start + 5)
         positions = (real.cumsum(-1) - 1).clamp_min(0)[:, part]
-        arrival = Arrival(positions, real[:, part], real[:, part].sum(-1).tolist(), masked=True)
+        counts, tail = tuple(real[:, part].sum(-1).tolist()), min(5, max(0, start + 5 - 9))
+        arrival = Arrival(5, counts, positions, real[:, part], masked=True, tail=tail)
         layer.update(keys[:, :, part], values[:, :, part], arrival=arrival)
         layer.observe(random_queries(5, 2, seed=start), 0.4)
-        layer.settle()
         expected = real[:, : start + 5].sum(-1)
         assert torch.equal(layer.held.count.sum(-1), expected[:, None].expand(2, 2).int())
         assert layer.held_tokens().max() <= layer.config.expected_max_tokens
+    assert layer.row.compactions
     assert torch.equal(layer.keys[0, :, :2], keys[0, :, 9:11]) and torch.equal(layer.keys[1, :, :2], keys[1, :, :2])
 
 
@@ -358,7 +360,7 @@ def test_each_rows_state_can_be_read():
 def test_rows_of_different_length_cost_hardly_more_than_equal_rows(make_config):
     found = []
     for shorter in (0, 1):
-        ids, mask, _ = left_padded([token_ids(60 - shorter * row, seed=row)[0] for row in range(8)])
+        ids, mask, _ = left_padded([token_ids(100 - shorter * row, seed=row)[0] for row in range(8)])
         cache = enable_adms_llm(MODEL, make_config(**SMALL))
         MODEL(ids, attention_mask=mask, past_key_values=cache)
         costs = []
@@ -366,6 +368,7 @@ def test_rows_of_different_length_cost_hardly_more_than_equal_rows(make_config):
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             step = {"input_ids": token_ids(1, 8, seed=number), "attention_mask": mask, "past_key_values": cache}
             costs.append(operators(lambda step=step: MODEL(**step)))
+        assert all(row.compactions > 1 for row in cache.layers[0].stack.rows)
         found.append((max(costs), sum(costs)))
     (equal_step, equal_total), (step, total) = found
     assert step <= 1.3 * equal_step and total <= 1.3 * equal_total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import threading
 
@@ -13,9 +14,12 @@ from test_families import make
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from streaming_llm import ADMSConfig, ADMSKVCache, ADMSLayer, disable_adms_llm, enable_adms_llm, enable_streaming_llm
+from streaming_llm import ADMSConfig, ADMSKVCache, disable_adms_llm, enable_adms_llm, enable_streaming_llm
 from streaming_llm.attention import register
-from streaming_llm.layer import Arrival
+from streaming_llm.compaction import pipeline
+from streaming_llm.evaluation.lone_layer import LoneLayer
+from streaming_llm.store.stack import Stack
+from streaming_llm.stream.passes import Arrival
 
 SMALL = {
     "start_size": 2, "recent_size": 16, "compressed_budget": 12, "compression_interval": 8, "rank": 8,
@@ -312,17 +316,16 @@ HALVES = [torch.float16, torch.bfloat16]
 @pytest.mark.parametrize("strength", [1.0, 30.0])
 def test_a_query_with_nothing_to_see_gives_finite_numbers(dtype, implementation, strength):
     # A row that is padding only, past its compaction: every slot is unused, and logits are as low as they get.
-    layer = ADMSLayer(BASE, wired=True)
+    layer = LoneLayer(BASE, wired=True)
     register()
     attend = ALL_ATTENTION_FUNCTIONS[f"adms_{implementation}"]
     attention = make("llama", implementation).model.layers[0].self_attn
     for tokens in [8] * 8 + [1] * 4:
         keys = torch.full((2, 2, tokens, 8), strength, dtype=dtype)
         query = -torch.full((2, 4, tokens, 8), strength, dtype=dtype)
-        arrival = Arrival(real=torch.tensor([[False], [True]]).expand(2, tokens))
+        arrival = Arrival(tokens, (0, tokens), real=torch.tensor([[False], [True]]).expand(2, tokens))
         held, values = layer.update(keys, torch.ones_like(keys), arrival=arrival)
         out, _ = attend(attention, query, held, values, None, scaling=8**-0.5, dropout=0.0)
-        layer.settle()
         assert out.isfinite().all()
         if layer.compacted:
             torch.testing.assert_close(out[1], torch.ones_like(out[1]))
@@ -330,13 +333,15 @@ def test_a_query_with_nothing_to_see_gives_finite_numbers(dtype, implementation,
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_log_mass_in_half_precision_is_as_good_as_the_type_allows(dtype):
-    layer = ADMSLayer(BASE, wired=True)
+    layer = LoneLayer(BASE, wired=True)
     keys, values = random_states(60, 2)
     for start in range(0, 60, 4):
         part = slice(start, start + 4)
         layer.update(keys[:, :, part].to(dtype), values[:, :, part].to(dtype))
         layer.observe(random_queries(4, 2).to(dtype), 0.3)
-    beta = layer.held.beta
+    layer.update(keys[:, :, -1:].to(dtype), values[:, :, -1:].to(dtype))
+    part = layer.stream.part_of(0)
+    beta = part.stack.tokens.beta[:, :, : part.stop]
     assert beta.gt(0.5).any()
     bias = layer.attention_bias(1, 2, dtype)[:, ::2, 0].float()
     finite = beta.isfinite()
@@ -420,38 +425,54 @@ def test_all_layers_are_at_one_point_after_a_pass_that_failed_between_two_groups
     # Ten layers are two groups: a compaction that makes room for the pass has come to one of them, or to both.
     model, ids = make("llama", num_hidden_layers=10), token_ids(200)
     cache, tokens = enable_adms_llm(model, CONFIGS[config]), 0
-    while tokens == 0 or cache.layers[0].rounds < compactions or not cache.layers[0].will_compact(4):
+
+    def due() -> bool:
+        row = cache.layers[0].stack.rows[0]
+        return row.compactions >= compactions and row.overfull(cache.config, 4)
+
+    while tokens == 0 or not due():
         stream(model, ids[:, tokens : tokens + 4], cache, 4)
         tokens += 4
+    never = copy.deepcopy(cache)
     with failing(model, layer, error):
         give(model, cache, token_ids(4, seed=1), 4, error)
     again = stream(model, token_ids(20, seed=2), cache, next_chunk)
-    assert again.isfinite().all() and not cache.broken
-    assert len({(each.seen, each.length - each.width, each.rounds) for each in cache.layers}) == 1
-    assert cache.layers[0].seen == tokens + 20
+    assert torch.equal(again, stream(model, token_ids(20, seed=2), never, next_chunk))
+    rows = [each.stack.rows[0] for each in cache.layers]
+    assert len({(row.seen, row.length - row.width, row.compactions) for row in rows}) == 1
+    assert rows[0].seen == tokens + 20
 
 
-@pytest.mark.parametrize(
-    "step,error", [("compressed", Broken), ("_count", KeyboardInterrupt), ("_keep_queries", KeyboardInterrupt)]
-)
+# Where a compaction is made, what it did is counted, and it is put into the stack.
+STEPS = [
+    (pipeline._Compaction, "_compressed", Broken),
+    (pipeline._Compaction, "_count", KeyboardInterrupt),
+    (Stack, "with_parts", KeyboardInterrupt),
+]
+
+
+@pytest.mark.parametrize("owner,step,error", STEPS)
 @pytest.mark.parametrize("config,new", [(BASE, 4), (BASE, 60), (PLUS, 4)], ids=["base-4", "base-60", "adm++-4"])
-def test_a_failure_in_the_middle_of_a_compaction_makes_the_cache_say_so(config, step, error, new, monkeypatch):
+def test_a_failure_in_the_middle_of_a_compaction_leaves_the_cache_as_it_was(owner, config, step, error, new, monkeypatch):
     model = make("llama", num_hidden_layers=10)
-    cache = enable_adms_llm(model, config)
-    stream(model, token_ids(cache.config.expected_max_tokens - 2), cache, 4)
+    cache, never = (enable_adms_llm(model, config) for _ in range(2))
+    for each in (cache, never):
+        stream(model, token_ids(cache.config.expected_max_tokens - 2), each, 4)
+    calls, own = [], getattr(owner, step)
 
-    def fail(*_):
+    def fail(*args, **kwargs):
+        # Not at once: other layers were compacted before.
+        calls.append(args)
+        if len(calls) < 2:
+            return own(*args, **kwargs)
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(ADMSLayer, step, fail)
+        patch.setattr(owner, step, fail)
         give(model, cache, token_ids(new, seed=1), new, error)
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"cache\.reset\(\)"):
-            stream(model, token_ids(1), cache, 1)
-    cache.reset()
+    assert len(calls) == 2 and cache.stats == never.stats and cache.get_seq_length() == never.get_seq_length()
     ids = token_ids(80)
-    assert torch.equal(stream(model, ids, cache, 8), stream(model, ids, enable_adms_llm(model, config), 8))
+    assert torch.equal(stream(model, ids, cache, 8), stream(model, ids, never, 8))
 
 
 @pytest.mark.parametrize("error", [Broken, KeyboardInterrupt])

@@ -336,8 +336,7 @@ def test_tokens_no_hook_told_of_are_unknown(llama):
     cache.end_forward()
     llama(ids[:, 8:10], past_key_values=cache)
     assert cache.seen_tokens.whole().tolist() == [[*ids[0, :5].tolist(), *[UNKNOWN] * 3, *ids[0, 8:10].tolist()]]
-    for layer in cache.layers:
-        layer.crop(-1)
+    cache.stream.crop(1)
     assert cache.rewind_to(ids)[0].shape[1] == 3
 
 
@@ -384,6 +383,20 @@ def test_ids_on_the_device_do_not_grow_with_the_stream(llama):
         assert all(entry.untyped_storage().nbytes() == 8 for entry in cache.seen_tokens.waiting)
         counts.add(len(cache.seen_tokens.waiting))
     assert max(counts) == WAITING - 1 and cache.seen_tokens.length == 300
+
+
+@pytest.mark.parametrize("new", [1, 5, 64, 100])
+def test_ids_on_the_host_are_few_tensors_that_grow_with_the_logarithm_of_the_stream(new):
+    seen, ids = SeenTokens(), token_ids(6000).int()
+    for start in range(0, 6000, new):
+        seen.append(ids[:, start : start + new], start)
+        assert len(seen.chunks) <= max(1, start // WAITING).bit_length()
+        if start % 1000 == 0 and start:
+            seen.remove(3)
+            seen.append(ids[:, start + new - 3 : start + new], start + new - 3)
+    twin = copy.deepcopy(seen)
+    assert all(own is other for own, other in zip(seen.chunks, twin.chunks, strict=True))
+    assert torch.equal(twin.whole(), ids)
 
 
 def test_rows_of_the_cache_that_move_take_their_ids_along(llama):

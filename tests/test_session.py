@@ -11,6 +11,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -24,11 +25,12 @@ from test_positions import small_window
 from test_rows import SMALL as ROWS
 from test_rows import left_padded, run_padded
 
-from streaming_llm import ADMSConfig, ADMSKVCache, ADMSLayer, disable_adms_llm, enable_adms_llm
+from streaming_llm import ADMSConfig, ADMSKVCache, ADMSLayer, disable_adms_llm, enable_adms_llm, session
+from streaming_llm.compressors import get_compressor
 from streaming_llm.enable import is_enabled
 from streaming_llm.model_facts import describe_model, layer_devices, model_differences
 from streaming_llm.parallel import Ranks
-from streaming_llm.session import SessionMixin
+from streaming_llm.store.stack import Row, Stack
 
 SMALL = {
     "start_size": 2, "recent_size": 16, "compressed_budget": 12, "compression_interval": 8, "rank": 8,
@@ -39,6 +41,9 @@ MODULES = {"sketch_budget": 4, "replay_budget": 4, "sketch_originals": 16, "cali
 STREAMING = {**SMALL, "compressed_budget": 0, "min_importance_tokens": 0}
 llama = functools.cache(make_tiny_llama)
 deep = functools.cache(deep_llama)
+# What a stream and a cache hold that is not saved.
+STREAM_TRANSIENT = ("config", "wired", "ranks", "layers_at_once", "upkeep", "clock", "ropes", "open", "committed")
+CACHE_TRANSIENT = ("_config", "used_model", "ropes", "keys_as", "outer_mask", "_told_rewound", "_told_unwired")
 gemma2 = functools.cache(functools.partial(make, "gemma2"))
 
 
@@ -127,19 +132,19 @@ def values_of(thing) -> list:
 
 def state_of(cache) -> list:
     """Everything that is kept of a cache; of buffers the slots in use."""
-    state = values_of([cache.window, *(getattr(cache, name) for name in cache.KEPT)])
+    own = cache.stream
+    state = values_of([cache.window, *(getattr(own, name) for name in session._STREAM_KEPT)])
+    state += values_of([own.compressor.fallbacks, *(getattr(cache, name) for name in session._KEPT)])
+    for stack in own.stacks:
+        fields = {item.name: getattr(stack, item.name) for item in dataclasses.fields(stack)}
+        fields["tokens"] = [stack.tokens.length, stack.tokens.slice(0, stack.columns)]
+        if stack.queries is not None:
+            stored = max(row.queries for row in stack.rows)
+            fields["queries"] = [stack.queries.shape, stack.queries[:, :, :, :stored]]
+        state += values_of(fields)
     for layer in cache.layers:
-        if not isinstance(layer, ADMSLayer):
-            kept = [layer.cumulative_length, layer.keys, layer.values] if layer.is_initialized else []
-        else:
-            own = {name: getattr(layer, name) for name in layer.KEPT}
-            if layer.buffer is not None:
-                own["buffer"] = [layer.buffer.length, layer.held]
-            if layer.query_buffer is not None:
-                own["query_buffer"] = [layer.query_buffer.shape, layer.query_buffer[:, :, :, : layer.query_count]]
-            together = layer.group is not None and layer.group.whole is not None
-            kept = [own, len(layer.group.layers) if together else 1]
-        state += values_of(kept)
+        if not isinstance(layer, ADMSLayer) and layer.is_initialized:
+            state += values_of([layer.cumulative_length, layer.keys, layer.values])
     return state
 
 
@@ -168,12 +173,14 @@ def test_a_loaded_conversation_goes_on_to_the_bit(name, tmp_path):
 
 def test_the_cases_cover_what_they_are_made_for():
     after = begun("all modules after a plan")[1]
-    assert all(layer.planned for layer in after.layers) and len({layer.width for layer in after.layers}) > 1
-    assert after.layers[0].next_plan > 2 and after.stats["total_sketch_promotions"] and after.stats["total_replay_triggers"]
-    assert not any(layer.planned for layer in begun("all modules before a plan")[1].layers)
-    varied = begun("budgets by variance")[1].layers[0]
-    assert varied.group.ready and varied.variance_ema is not None
-    assert not begun("unfilled")[1].layers[0].compacted
+    rows = [layer.stack.rows[0] for layer in after.layers]
+    assert all(row.least for row in rows) and len({row.width for row in rows}) > 1
+    assert after.stream.next_trades[0] > 2
+    assert after.stats["total_sketch_promotions"] and after.stats["total_replay_triggers"]
+    assert not any(layer.stack.rows[0].least for layer in begun("all modules before a plan")[1].layers)
+    (varied,) = begun("budgets by variance")[1].stream.stacks
+    assert len(varied.layers) == 4 and varied.memory.variance.measured.gt(0).all()
+    assert not begun("unfilled")[1].layers[0].stack.compacted
 
 
 @functools.cache
@@ -311,9 +318,11 @@ def test_layers_that_are_on_several_devices_now_go_on_by_themselves(tmp_path):
     apart = deep_llama()
     apart.hf_device_map = {"": "cpu"}
     loaded = ADMSKVCache.load(tmp_path / "talk.adms", apart)
-    assert all(layer.group is None for layer in loaded.layers)
-    for own, before in zip(loaded.layers, cache.layers, strict=True):
-        assert torch.equal(own.variance_ema, before.variance_ema)
+    assert [stack.layers for stack in loaded.stream.stacks] == [(0,), (1,), (2,), (3,)]
+    (whole,) = cache.stream.stacks
+    for name, tensor in whole.memory.variance.tensors().items():
+        parts = [getattr(stack.memory.variance, name) for stack in loaded.stream.stacks]
+        assert torch.equal(torch.cat(parts), tensor)
     torch.testing.assert_close(went_on(apart, ids, loaded), went_on(model, ids, cache), rtol=1e-3, atol=1e-3)
 
 
@@ -454,14 +463,24 @@ def rewritten(path: Path, **changed: str) -> None:
 
 
 def test_another_version_is_refused_by_name(saved, monkeypatch):
-    monkeypatch.setattr(ADMSLayer, "KEPT", (*ADMSLayer.KEPT, "taste"))
-    with pytest.raises(ValueError, match="saved by another release of this package: only one of them knows taste"):
-        ADMSKVCache.load(saved, llama())
-    monkeypatch.undo()
+    # Of the cache, of a stack, of a row, and of what a module remembers: this release knows more than the file, or less.
+    kinds = session._kinds()
+    row = namedtuple("Row", (*Row._fields, "taste"))
+    counts = dataclasses.make_dataclass("Counts", [("taste", int, 0)], bases=(kinds["Counts"],))
+    for name, other, strange in (
+        ("_KEPT", (*session._KEPT, "taste"), "taste"),
+        ("_TOLD_ANEW", (*session._TOLD_ANEW, "tail"), "tail"),
+        ("_kinds", lambda: kinds | {"Row": row}, "taste"),
+        ("_kinds", lambda: kinds | {"Counts": counts}, "taste"),
+    ):
+        monkeypatch.setattr(session, name, other)
+        with pytest.raises(ValueError, match=f"saved by another release of this package: only one of them knows {strange}"):
+            ADMSKVCache.load(saved, llama())
+        monkeypatch.undo()
     rewritten(saved)
     ADMSKVCache.load(saved, llama())
     rewritten(saved, version="1")
-    with pytest.raises(ValueError, match="is of version '1'; this release reads version '2'"):
+    with pytest.raises(ValueError, match="is of version '1'; this release reads version '3'"):
         ADMSKVCache.load(saved, llama())
 
 
@@ -476,11 +495,24 @@ def test_a_cache_that_cannot_go_on_is_not_saved(tmp_path):
         with pytest.raises(ValueError, match="it knows of no model"):
             cache.save(path)
     cache = enable_adms_llm(model, **SMALL)
-    cache.broken = "a forward pass failed after some layers had compacted its tokens"
-    with pytest.raises(RuntimeError, match="the cache can't be saved: a forward pass failed"):
-        cache.save(path)
-    cache.reset()
+    stream(model, token_ids(60), cache, 5)
+    before = state_of(cache)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[1].register_forward_pre_hook(fail)
+    for tokens in (1, 50):
+        with pytest.raises(KeyboardInterrupt):
+            stream(model, token_ids(tokens), cache, tokens)
+        # Python calls no hook after an interrupt: only the next pass, or a reset, tells that this one is over.
+        with pytest.raises(RuntimeError, match="in the middle of a forward pass"):
+            cache.save(path)
+    handle.remove()
+    cache.crop(0)
+    assert same(state_of(cache), before)
     cache.save(path)
+    assert same(state_of(ADMSKVCache.load(path, model)), before)
     path.unlink()
 
     def too_early(*_):
@@ -553,16 +585,22 @@ def test_only_what_is_held_is_stored(tmp_path):
 # -- what is kept ----------------------------------------------------------------------------------------------------------
 
 
-def test_all_that_a_layer_forgets_is_either_kept_or_transient():
-    layer = ADMSLayer.__new__(ADMSLayer)
-    layer.config = ADMSConfig()
-    layer._forget()
-    assert sorted(set(vars(layer)) - {"config"}) == sorted((*layer.KEPT, *layer.TRANSIENT))
+def test_all_that_a_stream_has_is_either_kept_or_transient():
+    own = begun("all modules after a plan")[1].stream
+    assert sorted(vars(own)) == sorted(("stacks", "window", "compressor", *session._STREAM_KEPT, *STREAM_TRANSIENT))
+    for stack in own.stacks:
+        # Beside its fields, which are all kept, only what is computed from them.
+        computed = {name for name, value in vars(Stack).items() if isinstance(value, functools.cached_property)}
+        assert set(vars(stack)) <= {item.name for item in dataclasses.fields(stack)} | computed
+    for name in ("low_rank", "vq", "attention_matching"):
+        assert sorted(vars(get_compressor(name)(own.config))) == ["config", "fallbacks"]
+    for layer in begun("base")[1].layers:
+        assert sorted(vars(layer)) == ["number", "stream"]
 
 
-def test_all_that_a_cache_has_beside_its_layers_is_either_kept_or_transient():
-    own = set(vars(ADMSKVCache())) - {"layers", "layer_class_to_replicate", "offloading"}
-    assert sorted(own) == sorted((*SessionMixin.KEPT, *SessionMixin.TRANSIENT))
+def test_all_that_a_cache_has_beside_its_stream_is_either_kept_or_transient():
+    own = set(vars(ADMSKVCache())) - {"layers", "layer_class_to_replicate", "offloading", "stream"}
+    assert sorted(own) == sorted((*session._KEPT, *CACHE_TRANSIENT))
 
 
 def test_every_kind_of_value_comes_back_as_it_was():
@@ -587,7 +625,7 @@ def test_a_disabled_model_is_enabled_by_loading(saved):
     cache = ADMSKVCache.load(saved, model)
     assert is_enabled(model)
     stream(model, token_ids(60), cache, 5)
-    assert cache.layers[0].queries_seen
+    assert cache.layers[0].stack.queries is not None
     disable_adms_llm(model)
     assert not is_enabled(model)
 
@@ -631,6 +669,33 @@ def test_a_stream_past_the_trained_length_goes_on_to_the_bit(tmp_path, dtype):
     assert again.window == cache.window
     more = token_ids(80, seed=4)
     assert torch.equal(stream(model, more, again, 5), stream(model, more, cache, 5))
+
+
+def test_what_was_tried_out_can_be_taken_back_after_loading(tmp_path):
+    model, ids = llama(), token_ids(90)
+    cache = enable_adms_llm(model, **SMALL)
+    stream(model, ids[:, :60], cache, 5)
+    cache.activate_past_recording()
+    cache.save(tmp_path / "talk.adms")
+    loaded = ADMSKVCache.load(tmp_path / "talk.adms", model)
+    # More than the recent window: only what does not count yet can be taken back so far.
+    for own in (cache, loaded):
+        stream(model, ids[:, 60:85], own, 25)
+        own.crop(-20)
+    assert same(state_of(loaded), state_of(cache))
+    assert torch.equal(stream(model, ids[:, 65:], loaded, 5), stream(model, ids[:, 65:], cache, 5))
+
+
+def test_a_loaded_cache_refuses_to_go_on_where_the_saved_one_does(tmp_path):
+    model = llama()
+    cache = enable_adms_llm(model, **SMALL)
+    stream(model, token_ids(60), cache, 5)
+    for layer in cache.layers:
+        layer.keys = layer.keys[:, :, :-3]
+    cache.save(tmp_path / "talk.adms")
+    for own in (cache, ADMSKVCache.load(tmp_path / "talk.adms", model)):
+        with pytest.raises(RuntimeError, match="tokens were compacted already: the cache can't go on"):
+            stream(model, token_ids(1), own, 1)
 
 
 # -- the model as it is when the conversation is saved ----------------------------------------------------------------------
@@ -741,7 +806,7 @@ def unpickle_in(folder: str) -> None:
 
 def test_a_cache_of_many_processes_is_not_pickled():
     cache = enable_adms_llm(llama(), **SMALL)
-    cache.ranks = Ranks.__new__(Ranks)
+    cache.stream.ranks = Ranks.__new__(Ranks)
     with pytest.raises(TypeError, match="tensor-parallel model can't be pickled.* cache.save"):
         pickle.dumps(cache)
-    assert copy.deepcopy(cache).ranks is cache.ranks
+    assert copy.deepcopy(cache).stream.ranks is cache.stream.ranks

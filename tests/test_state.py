@@ -1,4 +1,4 @@
-"""What the modules remember of each head: batched, changed in place, seen through read-only views, grouped and copied."""
+"""What the modules remember of each head: batched, changed in place, seen through read-only views, stacked and copied."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from test_controller import CONTROLLED, MODEL, SMALL
 
 from streaming_llm import ADMSConfig, ADMSKVCache, enable_adms_llm
 from streaming_llm.controller import ControllerState
-from streaming_llm.group import LayerGroup
-from streaming_llm.layer import STATES
 from streaming_llm.state import HeadState, HeadView
+from streaming_llm.store.stack import Stack
 
 ALL_ON = {
     **CONTROLLED, "enable_dual_fidelity": True, "sketch_budget": 3, "sketch_originals": 8, "enable_residual_replay": True,
@@ -99,7 +98,9 @@ def test_the_views_of_a_filled_cache_show_its_heads_and_rows():
         for row in (0, 1):
             field = {"controller_energy_ema": "energy", "controller_attention_mass": "mass", "controller_budgets": "budgets"}
             for (layer, head), value in shown.row(row).items():
-                assert value == getattr(cache.layers[layer].controller, field[name])[row, head].item()
+                stack = cache.layers[layer].stack
+                own = stack.of_layer(layer, getattr(stack.memory.controller, field[name]))
+                assert value == own[row, head].item()
         with pytest.raises(ValueError, match="row=2"):
             shown.row(2)[0, 0]
     assert dict(cache.controller_energy_ema) != dict(cache.controller_energy_ema.row(1))
@@ -115,7 +116,7 @@ def test_a_head_that_was_not_there_is_made_and_those_there_stay():
     cache._update_controller_state(0, 1, 0.5, 0.5)
     cache._update_controller_state(0, 4, 0.7, 0.5)
     cache._update_controller_state(0, 0, 0.9, 0.5)
-    assert cache.layers[0].controller.heads == 5
+    assert cache._layer_state("controller", 0).heads == 5
     assert {key: round(value, 6) for key, value in cache.controller_energy_ema.items()} == {
         (0, 0): 0.9,
         (0, 1): 0.5,
@@ -126,7 +127,8 @@ def test_a_head_that_was_not_there_is_made_and_those_there_stay():
 def test_the_banks_of_a_filled_layer_are_not_changed_by_hand():
     cache = enable_adms_llm(MODEL, **ALL_ON)
     stream(MODEL, token_ids(60), cache, 4)
-    states = [tensor.clone() for tensor in cache.layers[0].originals.tensors().values()]
+    memory = cache.layers[0].stack.memory
+    states = [tensor.clone() for state in memory.states().values() for tensor in state.tensors().values()]
     keys, values = (part[0, 0] for part in random_states(5, dim=16))
     for change in (
         lambda: cache._update_sketch_bank(0, 0, keys, values, torch.arange(5)),
@@ -135,7 +137,8 @@ def test_the_banks_of_a_filled_layer_are_not_changed_by_hand():
     ):
         with pytest.raises(RuntimeError, match="layer 0 is filled by a model"):
             change()
-    assert all(torch.equal(a, b) for a, b in zip(states, cache.layers[0].originals.tensors().values(), strict=True))
+    after = [tensor for state in cache.layers[0].stack.memory.states().values() for tensor in state.tensors().values()]
+    assert all(torch.equal(a, b) for a, b in zip(states, after, strict=True))
     with pytest.raises(ValueError, match="head_idx=2 must be below 2"):
         cache._get_adaptive_budget(0, 2, 5)
 
@@ -166,47 +169,45 @@ def test_by_hand_is_over_when_a_model_fills_the_layer():
     assert torch.equal(stream(MODEL, ids, cache, 5), expected)
 
 
-# -- groups --------------------------------------------------------------------------------------------------------------
+# -- stacks --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_new_group_shares_one_storage_and_keeps_what_its_layers_had():
+def test_layers_put_together_share_one_storage_and_keep_what_they_had():
     cache = enable_adms_llm(MODEL, **{**ALL_ON, "controller_scope": "layer"})
     stream(MODEL, token_ids(61, 2), cache, 3)
-    alone = copy.deepcopy(cache)
-    members = alone.layers[1:3]
-    before = {
-        name: [[tensor.clone() for tensor in getattr(layer, name).tensors().values()] for layer in members]
-        for name in ("buffer", *STATES)
-    }
-    group = LayerGroup.of(members)
-    for name, kept in before.items():
-        whole = getattr(group.whole, name).tensors()
-        for number, layer in enumerate(members):
-            parts = getattr(layer, name).tensors()
-            for (field, part), old in zip(parts.items(), kept[number], strict=True):
-                assert torch.equal(part, old), (name, field)
-                assert part.untyped_storage().data_ptr() == whole[field].untyped_storage().data_ptr()
-    assert members[0].group is members[1].group is group and group.ready
-    for layer in (alone.layers[0], alone.layers[3]):
-        layer.group = None
+    apart = copy.deepcopy(cache)
+    (whole,) = apart.stream.stacks
+    singles = [whole.single(layer).to(whole.device) for layer in whole.layers]
+    stack = Stack.join(singles[1:3])
+    assert stack.layers == (1, 2) and stack.rows == whole.rows
+    states = {"tokens": stack.tokens, **stack.memory.states()}
+    assert set(states) == {"tokens", "originals", "replay", "calibration", "controller"}
+    for name, state in states.items():
+        for layer, single in zip(stack.layers, singles[1:3], strict=True):
+            before = {"tokens": single.tokens, **single.memory.states()}[name].tensors()
+            for field, tensor in state.tensors().items():
+                part = stack.of_layer(layer, tensor)
+                assert torch.equal(part, before[field]), (name, field)
+                assert part.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+    apart.stream.stacks = [singles[0], stack, singles[3]]
     ids = token_ids(80, 2, seed=5)
-    torch.testing.assert_close(stream(MODEL, ids, alone, 3), stream(MODEL, ids, cache, 3), rtol=0, atol=1e-5)
-    assert group.ready
+    torch.testing.assert_close(stream(MODEL, ids, apart, 3), stream(MODEL, ids, cache, 3), rtol=0, atol=1e-5)
+    assert [own.layers for own in apart.stream.stacks] == [(0,), (1, 2), (3,)] and apart.stats == cache.stats
 
 
-def test_a_state_lives_in_its_layers_part_of_the_groups():
+def test_a_state_lives_in_its_layers_part_of_the_stacks():
     cache = enable_adms_llm(MODEL, **ALL_ON)
     stream(MODEL, token_ids(4), cache, 4)
-    whole = cache.layers[0].group.whole
-    assert whole.controller.energy.shape == (4, 2)
+    (whole,) = cache.stream.stacks
+    assert whole.memory.controller.energy.shape == (4, 2)
     cache._update_controller_state(2, 1, 0.25, 0.5)
-    assert whole.controller.energy[2, 1] == 0.25 and whole.controller.measured.sum() == 1
+    assert whole.memory.controller.energy[2, 1] == 0.25 and whole.memory.controller.measured.sum() == 1
 
 
 def test_no_state_is_kept_for_modules_that_are_off():
     cache = enable_adms_llm(MODEL, **SMALL)
     stream(MODEL, token_ids(60), cache, 4)
-    assert all(getattr(layer, name) is None for layer in cache.layers for name in STATES)
+    assert cache.layers[0].stack.compacted and not any(stack.memory.states() for stack in cache.stream.stacks)
     assert not any(
         len(getattr(cache, name))
         for name in ("sketch_bank", "replay_bank", "calibration_anchors", "controller_energy_ema", "controller_budgets")

@@ -9,7 +9,7 @@ import torch
 from conftest import make_tiny_llama, random_states, stream, token_ids
 
 from streaming_llm import ADMSConfig, ADMSKVCache, enable_adms_llm
-from streaming_llm.layer import ADMSLayer
+from streaming_llm.evaluation.lone_layer import LoneLayer
 from streaming_llm.tokens import EXACT, PRECISION, REPLAY, SKETCH
 
 SMALL = {"start_size": 2, "recent_size": 16, "compression_interval": 8, "min_middle_size_for_compress": 0, "rank": 4}
@@ -37,9 +37,9 @@ def test_nothing_done_is_nothing_counted():
 
 
 def test_a_compaction_counts_heads_and_what_became_of_their_tokens():
-    layer = ADMSLayer(ADMSConfig(**SMALL, compressed_budget=6, min_importance_tokens=1))
+    layer = LoneLayer(ADMSConfig(**SMALL, compressed_budget=6, min_importance_tokens=1), wired=False)
     cache = by_hand()
-    cache.layers.append(layer)
+    cache.stream = layer.stream
     keys, values = random_states(2 + 10 + 16, batch=3, heads=2)
     layer.update(keys, values)
     before = cache.stats
@@ -103,11 +103,11 @@ def test_in_a_stream_the_tiers_after_each_compaction_add_up_to_the_counters():
     cache = enable_adms_llm(model, **SMALL, **MODULES, compressed_budget=12)
     sums = {"total_sketch_tokens": 0, "total_replay_tokens": 0}
     for start in range(0, 240, 8):
-        rounds = cache.layers[0].rounds
+        before = cache.stats["total_compressions"]
         stream(model, token_ids(8, seed=start), cache, 8)
-        if cache.layers[0].rounds != rounds:
+        if cache.stats["total_compressions"] != before:
             for layer in cache.layers:
-                middle = layer.buffer.slice(2, 2 + layer.width)
+                middle = layer.held.slice(2, 2 + layer.stack.rows[0].width)
                 for name, tier in (("total_sketch_tokens", SKETCH), ("total_replay_tokens", REPLAY)):
                     sums[name] += int((middle.tier == tier).sum())
     assert all(sums.values())

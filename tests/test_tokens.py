@@ -18,7 +18,7 @@ from streaming_llm.tokens import (
     WeightedTokens,
     concatenate,
     gather_tokens,
-    lighten,
+    lightened,
     top_slots,
 )
 
@@ -99,7 +99,10 @@ def test_lighter_tokens_never_weigh_less_than_themselves_and_lose_mass_alike():
     tokens.beta.copy_(torch.tensor([-torch.inf, -1.0, 0.0, CHANGED, 0.5, 4.0]))
     tokens.mass.copy_(torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0, 1.0]))
     tokens.square.copy_(tokens.mass)
-    lighten(tokens, lambda beta: beta - 2)
+    before = tokens.map(torch.clone)
+    lighter = lightened(tokens, lambda beta: beta - 2)
+    assert same(tokens, before)
+    tokens = lighter
     assert tokens.beta[0, 0].tolist() == pytest.approx([-math.inf, -1.0, 0.0, CHANGED, CHANGED, 2.0])
     assert tokens.mass[0, 0].tolist() == pytest.approx([0, 1, 1, 1, math.exp(-0.5), math.exp(-2)], rel=1e-5)
     assert tokens.square[0, 0].tolist() == pytest.approx([0, 1, 1, 1, math.exp(-1), math.exp(-4)], rel=1e-5)

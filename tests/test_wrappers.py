@@ -70,7 +70,7 @@ def test_a_compiled_model_is_enabled_and_disabled_after_it_was_compiled():
     expected = stream(fast, ids, DynamicCache(config=model.config), 12)
     cache = enable_adms_llm(fast)
     assert torch.equal(stream(fast, ids, cache, 12), expected)
-    assert cache.get_seq_length() == 12 and cache.layers[0].queries_seen
+    assert cache.get_seq_length() == 12 and cache.layers[0].stack.queries is not None
     disable_adms_llm(fast)
     assert torch.equal(stream(fast, ids, DynamicCache(config=model.config), 12), expected)
     with pytest.raises(RuntimeError, match="enable_adms_llm"):

@@ -16,9 +16,10 @@ from streaming_llm.cache import ADMSKVCache
 from streaming_llm.config import ADMSConfig
 from streaming_llm.controller import attention_output, layer_budgets
 from streaming_llm.importance import Queries
-from streaming_llm.layer import ADMSLayer
 from streaming_llm.replay import replay, replay_count
 from streaming_llm.tokens import WeightedTokens, concatenate
+
+from .lone_layer import LoneLayer
 
 HEADS, GROUPS, DIM = 2, 2, 16
 SINKS, RECENT, MIDDLE, INTERVAL = 4, 32, 24, 16
@@ -36,10 +37,10 @@ class Case:
     with_module: float
 
 
-def _layer(**settings) -> ADMSLayer:
+def _layer(**settings) -> LoneLayer:
     base = {"start_size": SINKS, "recent_size": RECENT, "compression_interval": INTERVAL, "attention_window": 64}
     base |= {"min_middle_size_for_compress": 0, "rank": 8}
-    return ADMSLayer(ADMSConfig(**(base | settings)), wired=True)
+    return LoneLayer(ADMSConfig(**(base | settings)), wired=True)
 
 
 def _states(tokens: int, seed: int, spread: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -54,7 +55,7 @@ def _states(tokens: int, seed: int, spread: float = 1.0) -> tuple[torch.Tensor, 
 
 
 @torch.no_grad()
-def _run(layer: ADMSLayer, keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+def _run(layer: LoneLayer, keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
     """Stream the states through the layer; relative squared error of its attention output, `[chunks]`."""
     errors = []
     for start in range(0, keys.shape[2], INTERVAL):
@@ -149,7 +150,7 @@ def replay_lowers_the_error(seeds: int) -> list[Case]:
     def triggers(alike: bool) -> float:
         layer = _layer(**on, energy_replay_threshold=0.88)
         _run(layer, *states(0, alike))
-        return float(layer.replay_triggers) / max(1, layer.compressions)
+        return float(layer.replay_triggers) / max(1, layer.head_compactions)
 
     return [
         Case("replay", "attention output error before / after eight originals are re-injected", *lost),

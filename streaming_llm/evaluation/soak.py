@@ -2,7 +2,8 @@
 
 The model's trained length is short, so that the stream is thousands of times longer. What is checked: no head holds more
 than the bound, all logits are finite, no position given to the model reaches the trained length, and neither Python objects
-nor tensors become more or larger.
+nor tensors become more or larger. Apart from them are the ids of the tokens seen, which a cache keeps on the host: they may
+take 4 bytes each.
 """
 
 from __future__ import annotations
@@ -47,10 +48,11 @@ class Census:
     tensor_bytes: int
 
     @classmethod
-    def take(cls) -> Census:
-        """Count, after a collection."""
+    def take(cls, apart: Sequence[torch.Tensor] = ()) -> Census:
+        """Count, after a collection, all but the tensors `apart`."""
         gc.collect()
-        objects = gc.get_objects()
+        others = {id(tensor) for tensor in apart}
+        objects = [item for item in gc.get_objects() if id(item) not in others]
         storages = {}
         tensors = 0
         for item in objects:
@@ -89,6 +91,11 @@ class SoakResult:
     resident_start: int | None
     resident_end: int | None
     violation: str | None
+
+
+def ids_seen(cache) -> list[torch.Tensor]:
+    """The ids that a cache keeps on the host of the tokens it has seen."""
+    return cache.seen_tokens.chunks if hasattr(cache, "seen_tokens") else []
 
 
 def tiny_model(window: int = WINDOW, seed: int = 0, **settings: Any):
@@ -190,7 +197,9 @@ def soak(
             elif highest[0] >= window:
                 violation = f"the model was given position {highest[0]}; the trained length is {window}"
             elif seen >= due or seen == tokens:
-                census, resident = Census.take(), settled_resident()
+                ids = ids_seen(cache)
+                violation = _too_much(ids, seen)
+                census, resident = Census.take(ids), settled_resident()
                 # The first count is to have counted and told once, which leaves objects of its own.
                 passed = (seen - settled) / max(1, tokens - settled)
                 if due > settled and passed <= 0.25:
@@ -217,6 +226,13 @@ def soak(
         resident_end=resident_end,
         violation=None if violation is None else f"after {seen:,} tokens: {violation}",
     )
+
+
+def _too_much(ids: list[torch.Tensor], seen: int) -> str | None:
+    taken = sum(chunk.untyped_storage().nbytes() for chunk in ids)
+    if taken <= 4 * seen and len(ids) <= seen.bit_length() and all(chunk.device.type == "cpu" for chunk in ids):
+        return None
+    return f"the ids of {seen:,} tokens take {taken:,} bytes in {len(ids)} tensors; 4 bytes each on the host are allowed"
 
 
 def _growth(start: Census, now: Census) -> str | None:

@@ -7,6 +7,7 @@ that is moved on in large steps.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +33,10 @@ class PositionWindow:
     fixed: str | None = None
     offsets: list[int] = field(default_factory=lambda: [0])
     following: list[int] | None = None
+
+    def copy(self) -> PositionWindow:
+        """One that may go on without this one."""
+        return dataclasses.replace(self, offsets=list(self.offsets), following=self.following and list(self.following))
 
     def span(self, positions: torch.Tensor | None, real: torch.Tensor | None, counts: list[int] | None, new: int):
         """First and last true position of the new tokens of each row, as two lists (of one number where all are the same).

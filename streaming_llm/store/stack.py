@@ -1,0 +1,428 @@
+"""A stack: layers of equal shape on one device, and the only owner of what they hold.
+
+Its tensors are `[layers * batch, kv_heads, ...]`, one layer after the other, so that one batched call serves all. A stack is
+a snapshot: what a row uses of it never changes. A pass writes into slots that no row uses yet; whatever else becomes of the
+tokens (scores, a compaction, a move, other rows) gives a new stack, which takes the place of the old one when all went well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from ..compaction.counts import Counts
+from ..compaction.memory import Memory
+from ..config import ADMSConfig
+from ..importance import Queries
+from ..padding import MaskChange
+from ..rope import Rope
+from ..tokens import WeightedTokens
+
+
+class Row(NamedTuple):
+    """Where a row of a stack stands, the same in all its layers. Rows that are equal are worked on together.
+
+    Attributes:
+        length: slots in use; padding uses none.
+        seen: tokens of the stream.
+        width: slots of the middle; those there will be, before the first compaction.
+        compactions: how many there were.
+        least: what the layers' agreement leaves the head with the smallest budget; 0 where they never agreed on any.
+        kept: queries kept from before the last compaction, `queries`: all that are stored, `scored`: those that count
+            in the scores already; they come in this order.
+    """
+
+    length: int = 0
+    seen: int = 0
+    width: int = 0
+    compactions: int = 0
+    least: int = 0
+    kept: int = 0
+    queries: int = 0
+    scored: int = 0
+
+    def resting(self, config: ADMSConfig) -> int:
+        """Slots in use right after a compaction."""
+        return config.dynamic_start_size + self.width + config.recent_size
+
+    def slots(self, config: ADMSConfig) -> int:
+        """Slots the row needs in the buffer."""
+        return self.resting(config) + config.compression_interval
+
+    def capacity(self, config: ADMSConfig) -> int:
+        """Slots that may be in use between two passes."""
+        return self.slots(config) if self.compactions else config.expected_max_tokens
+
+    def overfull(self, config: ADMSConfig, new: int) -> bool:
+        """Whether `new` more tokens would not fit, and a compaction can make room."""
+        width = self.width if self.compactions else config.middle_allocation
+        fixed = config.dynamic_start_size + config.recent_size
+        return self.length + new > self.capacity(config) and self.length - fixed > width
+
+    def after(self, new: int) -> Row:
+        """The row with `new` more tokens."""
+        return self._replace(length=self.length + new, seen=self.seen + new)
+
+    def cropped(self, gone: int) -> Row:
+        """The row without its last `gone` tokens."""
+        queries = max(0, self.queries - gone)
+        return self._replace(
+            length=self.length - gone,
+            seen=self.seen - gone,
+            queries=queries,
+            kept=min(self.kept, queries),
+            scored=min(self.scored, queries),
+        )
+
+    def exact_length(self, config: ADMSConfig) -> int:
+        """How many of the newest tokens are held one by one."""
+        return self.length - (config.dynamic_start_size + self.width if self.compactions else 0)
+
+
+class Part(NamedTuple):
+    """Some rows of a stack, all equal, as they are to be: see `Stack.with_parts`."""
+
+    which: Sequence[int]
+    row: Row
+    tokens: WeightedTokens
+    memory: Memory
+    queries: torch.Tensor | None = None
+
+
+@dataclass
+class Stack:
+    """See the module. Tensors are changed only where no row uses them.
+
+    Attributes:
+        layers: numbers of the layers, in the order of the tensors.
+        config: the settings.
+        rope: how the layers' keys turn with position; None where that is not known.
+        rows: where each row of the batch stands.
+        tokens: the buffer, `[layers * batch, kv_heads, slots, ...]`; slots not in use are as those of untouched tokens.
+        memory: what the modules remember, of as many rows and heads.
+        queries: stored queries `[layers * batch, kv_heads, groups, slots, head_dim]`; None before the first.
+        scale, softcap: what the logits of the queries are multiplied by, and the model's soft-capping.
+        seen: columns of the stream, padding counted.
+        tail: how many of the newest columns are real in every row.
+        counts: what compactions did.
+        real: while padding has slots, which of the columns are none, bool `[batch, columns]`; None once it has not.
+    """
+
+    layers: tuple[int, ...]
+    config: ADMSConfig
+    rope: Rope | None
+    rows: tuple[Row, ...]
+    tokens: WeightedTokens
+    memory: Memory
+    queries: torch.Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    seen: int = 0
+    tail: int = 0
+    counts: Counts = field(default_factory=Counts)
+    real: torch.Tensor | None = None
+
+    @classmethod
+    def empty(
+        cls, layers: tuple[int, ...], config: ADMSConfig, rope: Rope | None, keys: torch.Tensor, values: torch.Tensor
+    ) -> Stack:
+        """Free slots for layers whose states are shaped, typed and placed like `keys` and `values`."""
+        config.check_head_dim(keys.shape[-1])
+        row = Row(width=config.widest_middle)
+        tokens = WeightedTokens.empty(keys, values, row.slots(config), copies=len(layers))
+        tokens.refresh(0, tokens.length)
+        memory = Memory.empty(config, keys, values, len(layers))
+        return cls(layers, config, rope, (row,) * keys.shape[0], tokens, memory)
+
+    # -- shape -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def batch(self) -> int:
+        """Rows of the batch."""
+        return len(self.rows)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.tokens.keys.device
+
+    @property
+    def columns(self) -> int:
+        """Slots in use by the longest row; padding that has slots is counted."""
+        return self.real.shape[1] if self.real is not None else max(row.length for row in self.rows)
+
+    @property
+    def compacted(self) -> bool:
+        """Whether any row was compacted."""
+        return any(row.compactions for row in self.rows)
+
+    @functools.cached_property
+    def uniform(self) -> bool:
+        """Whether all rows are at the same point, none with padding."""
+        return self.real is None and all(row == self.rows[0] for row in self.rows)
+
+    @functools.cached_property
+    def lengths(self) -> torch.Tensor:
+        """Slots in use by each row, int64 `[batch]`, on the device."""
+        return torch.tensor([row.length for row in self.rows], device=self.device)
+
+    def fits(self, states: torch.Tensor, values: torch.Tensor) -> bool:
+        """Whether a layer with such keys and values can be of this stack."""
+        own = self.tokens
+        shape = (self.batch, own.keys.shape[1], own.keys.shape[3], own.values.shape[3], own.keys.device)
+        return shape == (*states.shape[:2], states.shape[3], values.shape[3], states.device)
+
+    def alike(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """As `fits`, and of the same dtypes."""
+        own = self.tokens
+        return self.fits(keys, values) and (own.keys.dtype, own.values.dtype) == (keys.dtype, values.dtype)
+
+    @functools.cached_property
+    def shows_columns(self) -> bool:
+        """Whether each slot is a column of the stream: nothing was compacted, and padding has its slots or never was."""
+        unpadded = all(row.seen == self.seen for row in self.rows)
+        return not self.compacted and (self.real is not None or unpadded)
+
+    def classes(self, key: Callable[[int], object] = lambda number: None) -> list[list[int]]:
+        """Numbers of the rows that are equal, and equal in `key(number)`."""
+        found: dict[tuple, list[int]] = {}
+        for number, row in enumerate(self.rows):
+            found.setdefault((row, key(number)), []).append(number)
+        return list(found.values())
+
+    def of_layer(self, layer: int, tensor: torch.Tensor) -> torch.Tensor:
+        """The part of one of the stack's tensors that is a layer's, a view `[batch, ...]`."""
+        start = self.layers.index(layer) * self.batch
+        return tensor[start : start + self.batch]
+
+    def index(self, which: Sequence[int]) -> torch.Tensor | None:
+        """Where rows of the batch are in the tensors, int64 `[layers * rows]`; None for all of them, in their order."""
+        if len(which) == self.batch and list(which) == list(range(self.batch)):
+            return None
+        starts = range(0, len(self.layers) * self.batch, self.batch)
+        return torch.tensor([start + number for start in starts for number in which], device=self.device)
+
+    # -- what rows hold --------------------------------------------------------------------------------------------------
+
+    def held(self, which: Sequence[int]) -> WeightedTokens:
+        """The tokens of equal rows, oldest first, `[layers * rows, kv_heads, length, ...]`; views where all are asked."""
+        length, index = self.rows[which[0]].length, self.index(which)
+        held = self.tokens.slice(0, length if self.real is None else self.columns)
+        if index is not None:
+            held = held.map(lambda tensor: tensor.index_select(0, index))
+        if self.real is None:
+            return held
+        order = self.order(which, length).repeat(len(self.layers), 1)
+        return held.gather(order[:, None].expand(-1, held.beta.shape[1], -1))
+
+    def order(self, which: Sequence[int], length: int) -> torch.Tensor:
+        """The columns of rows whose padding has slots that are none, int64 `[rows, length]`."""
+        return (~self.real[list(which)]).to(torch.int8).argsort(dim=1, stable=True)[:, :length]
+
+    def remembered(self, which: Sequence[int]) -> Memory:
+        """What the modules remember of these rows; the very tensors where all rows are asked."""
+        index = self.index(which)
+        return self.memory if index is None else self.memory.map(lambda tensor: tensor.index_select(0, index))
+
+    def stored_queries(self, which: Sequence[int], start: int = 0, stop: int | None = None) -> Queries | None:
+        """Queries of equal rows from number `start` to `stop`, oldest first; None where there are none."""
+        stop = self.rows[which[0]].queries if stop is None else stop
+        if self.queries is None or stop <= start:
+            return None
+        states, index = self.queries[:, :, :, start:stop], self.index(which)
+        return Queries(states if index is None else states.index_select(0, index), self.scale, self.softcap)
+
+    def attended(self) -> WeightedTokens:
+        """All slots up to the longest row's last; those a row does not use, and padding, have `beta = -inf`."""
+        held = self.tokens.slice(0, self.columns)
+        if self.uniform:
+            return held
+        return held.where_valid(self.used.repeat(len(self.layers), 1)[:, None] & held.valid)
+
+    @functools.cached_property
+    def used(self) -> torch.Tensor:
+        """Which slots each row uses, bool `[batch, columns]`."""
+        if self.real is not None:
+            return self.real
+        return torch.arange(self.columns, device=self.device) < self.lengths[:, None]
+
+    # -- another stack -----------------------------------------------------------------------------------------------------
+
+    def with_parts(self, parts: Sequence[Part]) -> Stack:
+        """The stack in which the rows of each part hold what it says from slot 0 on; the others are as they were.
+
+        Padding has no slots in it, so where it has any now, all rows must be in a part.
+        """
+        rows = list(self.rows)
+        for part in parts:
+            for number in part.which:
+                rows[number] = part.row
+        slots = max(row.slots(self.config) for row in rows)
+        # Rows of different length need a slot where padding among new tokens is written to.
+        slots = max(slots, max(row.length for row in rows)) + any(row != rows[0] for row in rows)
+        if len(parts) == 1 and self.index(parts[0].which) is None:
+            part = parts[0]
+            tokens, memory, queries = part.tokens.widened(slots), part.memory, part.queries
+        else:
+            exact = any(part.tokens.exact for part in parts) or self.tokens.exact
+            own = self.tokens.with_exact() if exact else self.tokens
+            tokens, memory = own.widened(slots), self.memory.map(torch.clone)
+            queries = None if self.queries is None else self.queries.clone()
+            for part in parts:
+                index = self.index(part.which)
+                index = torch.arange(len(self.layers) * self.batch, device=self.device) if index is None else index
+                full = part.tokens.widened(slots)
+                for name, tensor in tokens.tensors().items():
+                    tensor[index] = full.field(name)
+                for name, state in memory.states().items():
+                    for key, tensor in state.tensors().items():
+                        tensor[index] = getattr(getattr(part.memory, name), key)
+                if part.queries is not None:
+                    queries[index] = part.queries
+        return dataclasses.replace(self, rows=tuple(rows), tokens=tokens, memory=memory, queries=queries, real=None)
+
+    def with_row(self, which: Sequence[int], row: Row) -> Stack:
+        """The stack whose rows `which` stand where `row` says."""
+        chosen = set(which)
+        rows = tuple(row if number in chosen else own for number, own in enumerate(self.rows))
+        return dataclasses.replace(self, rows=rows)
+
+    def with_queries(self, which: Sequence[int], queries: Queries, start: int) -> Stack:
+        """The stack whose rows `which` have these queries stored from number `start` on."""
+        states, index = queries.states, self.index(which)
+        if self.queries is None:
+            shape = (self.tokens.keys.shape[0], *states.shape[1:3], self.config.query_slots, states.shape[4])
+            own = torch.zeros(shape, dtype=states.dtype, device=states.device)
+        else:
+            own = self.queries.clone()
+        at = slice(None) if index is None else index
+        own[at, :, :, start : start + states.shape[3]] = states.to(own.dtype)
+        return dataclasses.replace(self, queries=own, scale=queries.scale, softcap=queries.softcap)
+
+    def aligned(self) -> Stack:
+        """The same with no slots for padding."""
+        if self.real is None:
+            return self
+        return self.with_parts([self.part(which) for which in self.classes()])
+
+    def part(self, which: Sequence[int]) -> Part:
+        """Equal rows as they are."""
+        index = self.index(which)
+        queries = self.queries if index is None or self.queries is None else self.queries.index_select(0, index)
+        return Part(which, self.rows[which[0]], self.held(which), self.remembered(which), queries)
+
+    def pick(self, rows: Sequence[int]) -> Stack:
+        """The stack whose row `i` is what row `rows[i]` was."""
+        starts = range(0, len(self.layers) * self.batch, self.batch)
+        index = torch.tensor([start + row for start in starts for row in rows], device=self.device)
+        real = None if self.real is None else self.real[list(rows)]
+        picked = self._map(lambda tensor: tensor.index_select(0, index))
+        return dataclasses.replace(picked, rows=tuple(self.rows[row] for row in rows), real=real)
+
+    def single(self, layer: int) -> Stack:
+        """One of the layers as a stack of its own, of views. The counts stay with the first."""
+        counts = self.counts if layer == self.layers[0] else Counts()
+        own = self._map(lambda tensor: self.of_layer(layer, tensor))
+        return dataclasses.replace(own, layers=(layer,), counts=counts)
+
+    @classmethod
+    def join(cls, stacks: Sequence[Stack]) -> Stack:
+        """Stacks of equal rows and shapes as one."""
+        first = stacks[0]
+        if len(stacks) == 1:
+            return first
+
+        def joined(parts: list) -> object:
+            if parts[0] is None:
+                return None
+            if isinstance(parts[0], torch.Tensor):
+                return torch.cat(parts)
+            tensors = [part.tensors() for part in parts]
+            return type(parts[0])(**{name: torch.cat([own[name] for own in tensors]) for name in tensors[0]})
+
+        memory = Memory(
+            **{name: joined([getattr(stack.memory, name) for stack in stacks]) for name in first.memory.states()}
+        )
+        return dataclasses.replace(
+            first,
+            layers=tuple(layer for stack in stacks for layer in stack.layers),
+            tokens=joined([stack.tokens for stack in stacks]),
+            queries=joined([stack.queries for stack in stacks]),
+            memory=memory,
+            counts=sum((stack.counts for stack in stacks), Counts()),
+        )
+
+    def to(self, device: torch.device) -> Stack:
+        """A copy on a device."""
+        own = self._map(lambda tensor: tensor.to(device, copy=True))
+        return dataclasses.replace(own, real=None if self.real is None else self.real.to(device))
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Stack:
+        """Each tensor `[layers * batch, ...]` replaced by `function(tensor)`."""
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens.map(function),
+            memory=self.memory.map(function),
+            queries=None if self.queries is None else function(self.queries),
+        )
+
+    def masked(self, change: MaskChange) -> Stack:
+        """The stack without the tokens that a later mask hides; padding that still has its slots is tokens where it is
+        shown."""
+        slots = torch.ones(self.batch, self.tokens.length, dtype=torch.bool)
+        queries = torch.ones(self.batch, self.config.query_slots, dtype=torch.bool)
+        rows = []
+        for number, (row, hidden, shown) in enumerate(zip(self.rows, change.hidden, change.shown, strict=True)):
+            # Before the newest token that is shown there are no queries without a gap.
+            known, gone = min(shown, default=self.seen), set(hidden)
+            stay = [age < known and age not in gone for age in range(row.queries - 1, -1, -1)]
+            queries[number, : len(stay)] = torch.tensor(stay, dtype=torch.bool)
+            slots[number, [row.length - 1 - age for age in hidden]] = False
+            counts = {name: sum(stay[: getattr(row, name)]) for name in ("kept", "queries", "scored")}
+            rows.append(row.after(len(shown) - len(hidden))._replace(**counts))
+        tail = int(change.real.flip(1).int().cumprod(1).sum(1).amin())
+        layers, heads = len(self.layers), self.tokens.keys.shape[1]
+        result = dataclasses.replace(self, rows=tuple(rows), tail=tail)
+        if self.queries is not None and not bool(queries.all()):
+            order = (~queries).to(torch.int8).argsort(dim=1, stable=True).to(self.device).repeat(layers, 1)
+            result.queries = self.queries.gather(3, order[:, None, None, :, None].expand(self.queries.shape))
+        if self.shows_columns:
+            result.real = change.real.to(self.device)
+        else:
+            order = (~slots).to(torch.int8).argsort(dim=1, stable=True).to(self.device).repeat(layers, 1)
+            tokens = self.tokens.gather(order[:, None].expand(-1, heads, -1))
+            free = torch.arange(tokens.length, device=self.device) >= result.lengths[:, None]
+            result.tokens = tokens.cleared(free.repeat(layers, 1)[:, None])
+        return result
+
+    def cropped(self, gone: int) -> Stack:
+        """The stack without the last `gone` tokens of each row, which must be held one by one and real."""
+        rows = tuple(row.cropped(gone) for row in self.rows)
+        real = None if self.real is None else self.real[:, : self.columns - gone]
+        result = dataclasses.replace(self, rows=rows, seen=self.seen - gone, tail=self.tail - gone, real=real)
+        if gone:
+            # Nothing uses these slots any more: they are as those of untouched tokens again.
+            ends = [row.length if real is None else real.shape[1] for row in rows]
+            ends = torch.tensor(ends, device=self.device).repeat(len(self.layers))
+            free = torch.arange(self.tokens.length, device=self.device) >= ends[:, None]
+            result.tokens = self.tokens.cleared(free[:, None])
+        return result
+
+    # -- sizes -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of the tensors, by use: see `ADMSKVCache.memory_report`."""
+        states = self.memory.states()
+        queries = 0 if self.queries is None else self.queries.numel() * self.queries.element_size()
+        return {
+            "attended": self.tokens.nbytes,
+            "query_window": queries,
+            "originals": sum(state.nbytes for name, state in states.items() if name == "originals"),
+            "modules": sum(state.nbytes for name, state in states.items() if name != "originals"),
+        }
