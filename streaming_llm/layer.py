@@ -99,7 +99,10 @@ class ADMSLayer(CacheLayerMixin):
         self._assign("values", states)
 
     def _states(self, name: str) -> torch.Tensor | None:
-        stack = self.stack
+        """Keys or values as held, those of the pass under way among them once they came."""
+        part, stack = self.stream.part_of(self.number), self.stack
+        if part is not None and self.number in part.written:
+            return part.attended(self.number, name)
         return None if stack is None else stack.of_layer(self.number, getattr(stack.tokens, name))[:, :, : stack.columns]
 
     def _assign(self, name: str, states: torch.Tensor | None) -> None:

@@ -538,13 +538,13 @@ def test_ids_of_tokens_seen_may_take_4_bytes_each_and_no_more(monkeypatch):
     assert soaked().violation is None
     model = soak.tiny_model(4096)
     cache = enable_adms_llm(model, recent_size=64, compressed_budget=64)
-    settle = cache.seen_tokens._settle
+    settle = type(cache.seen_tokens)._settle
 
-    def wide():
-        settle()
-        cache.seen_tokens.chunks[:] = [chunk.long() for chunk in cache.seen_tokens.chunks]
+    def wide(tokens):
+        settle(tokens)
+        tokens.chunks[:] = [chunk.long() for chunk in tokens.chunks]
 
-    monkeypatch.setattr(type(cache.seen_tokens), "_settle", lambda tokens: wide())
+    monkeypatch.setattr(type(cache.seen_tokens), "_settle", wide)
     result = soaked(model=model, cache=cache)
     assert "ids of 768 tokens take 6,144 bytes in" in result.violation and result.tokens == 768
 

@@ -35,7 +35,7 @@ def test_below_the_bound_all_questions_are_answered_as_with_the_pipelines_own_ca
     # Every question and its answer left the cache again: what stays is the context.
     prepared = smol[1].apply_chat_template([{"role": "user", "content": CONTEXT}], tokenize=False).rstrip()
     assert cache.get_seq_length() <= len(smol[1](prepared).input_ids)
-    assert len({layer.length for layer in cache.layers}) == 1
+    assert len({layer.stack.columns for layer in cache.layers}) == 1
 
 
 def test_past_the_bound_one_question_is_answered_as_by_generate_with_the_cache(smol, ask):

@@ -107,7 +107,8 @@ class StackPass:
         self.singles: dict[int, Stack] = {}
         self.waiting: dict[int, tuple[Stack, Queries | None]] = {}
         self.bad: torch.Tensor | None = None
-        # Layers whose states came, and whose queries were not seen yet.
+        # Layers whose states came, and of these the ones whose queries were not seen yet.
+        self.written: set[int] = set()
         self.unanswered: set[int] = set()
         self._biases: dict[tuple[torch.dtype, int], torch.Tensor] = {}
         if not self.overflows:
@@ -154,6 +155,7 @@ class StackPass:
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append a layer's keys and values `[batch, kv_heads, new, dim]`; returns all that its queries attend to."""
         stack = self.stack
+        self.written.add(layer)
         self.unanswered.add(layer)
         if self.overflows:
             return self._write_aside(layer, keys, values)
@@ -165,7 +167,13 @@ class StackPass:
                 part.scatter_(2, self.slots[:, None, :, None].expand(new.shape), new.to(part.dtype))
             else:
                 part[:, :, self.start : self.stop] = new
-        return tuple(stack.of_layer(layer, whole)[:, :, : self.stop] for whole in (own.keys, own.values))
+        return self.attended(layer, "keys"), self.attended(layer, "values")
+
+    def attended(self, layer: int, name: str) -> torch.Tensor:
+        """All keys or values (`name`) that a layer's queries attend to, `[batch, kv_heads, tokens, dim]`, a view."""
+        if self.overflows:
+            return getattr(self.singles[layer].tokens, name)
+        return self.stack.of_layer(layer, getattr(self.stack.tokens, name))[:, :, : self.stop]
 
     def _write_aside(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `write`, into a buffer of its own: nothing of the stack is touched, whatever is done to it."""
@@ -176,8 +184,7 @@ class StackPass:
             tokens = tokens.where_valid(self.real[:, None].expand(tokens.beta.shape))
         self.singles[layer] = dataclasses.replace(single, tokens=concatenate([single.attended(), tokens]))
         self._check(tokens.keys, tokens.values)
-        whole = self.singles[layer].tokens
-        return whole.keys, whole.values
+        return self.attended(layer, "keys"), self.attended(layer, "values")
 
     def _check(self, *states: torch.Tensor) -> None:
         """Note whether there is NaN or infinity, without asking an accelerator; a CPU tells before it is compacted."""
