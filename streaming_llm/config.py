@@ -355,7 +355,9 @@ class ADMSConfig:
 
         if not fits(1):
             smallest = sized(1)
-            smallest.fit_positions(smallest.position_limit(model_config) or smallest.most_slots)
+            limit = smallest.position_limit(model_config)
+            if limit is not None and smallest.most_slots > limit:
+                raise smallest._does_not_fit(limit)
             least = smallest.memory_bytes(model_config, dtype, batch_size, moved=True)
             raise ValueError(f"bytes={bytes} is too little for this model and these settings: at least {least} are needed")
         if "recent_size" in settings and "compressed_budget" in settings:
@@ -404,12 +406,15 @@ class ADMSConfig:
             fitting = dataclasses.replace(self, recent_size=self.recent_size - over)
             logger.warning("recent_size is %d: more does not fit into the model's %d positions", fitting.recent_size, limit)
             return fitting
+        raise self._does_not_fit(limit)
+
+    def _does_not_fit(self, limit: int) -> ValueError:
         least = {"recent_size": 1, "compressed_budget": self.min_importance_tokens}
         name = max(least, key=lambda name: getattr(self, name))
         values = range(least[name], getattr(self, name))
         fitting = bisect.bisect(values, limit, key=lambda value: dataclasses.replace(self, **{name: value}).most_slots)
         way = f"{name}={values[fitting - 1]} is the most that does" if fitting else "choose smaller budgets"
-        raise ValueError(
+        return ValueError(
             f"{name}={getattr(self, name)} does not fit: with sinks, the other budgets and compression_interval a head may "
             f"hold {self.most_slots} tokens, and the model was made for {limit} positions; {way}"
         )
