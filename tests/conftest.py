@@ -125,3 +125,63 @@ def random_queries(tokens: int, batch: int = 1, heads: int = 2, groups: int = 2,
 def memory_of(layer):
     """What the modules remember of one layer of a cache: a `Memory` of views `[batch, kv_heads, ...]`."""
     return layer.stack.memory.map(lambda tensor: layer.stack.of_layer(layer.number, tensor))
+
+
+# Of these tests' cases so many run among the quick ones, evenly spaced; the others are slow ones: what they prove is of the
+# same kind, and all of them take long.
+QUICK_CASES = {
+    "test_attention.py::test_an_unfilled_cache_gives_logits_equal_to_the_bit": 8,
+    "test_attention.py::test_real_weights_give_logits_and_tokens_equal_to_the_bit": 1,
+    "test_autograd.py::test_a_stream_is_bounded_and_its_next_passes_are_within_the_rounding": 7,
+    "test_autograd.py::test_autocast_and_the_models_dtype_may_change_at_any_pass": 7,
+    "test_chat.py::test_an_interrupt_in_the_middle_of_a_forward_pass_leaves_what_stopping_there_would": 3,
+    "test_controller.py::test_layers_compacted_together_or_one_by_one_come_out_the_same": 1,
+    "test_copies.py::test_a_change_of_rows_that_changes_nothing_loses_nothing": 9,
+    "test_copies.py::test_every_cache_goes_through_a_pickle_to_the_bit": 9,
+    "test_evaluation_long.py::test_a_leak_at_every_forward_pass_is_seen": 2,
+    "test_evaluation_long.py::test_a_soak_of_many_trained_lengths_passes": 1,
+    "test_evaluation_long.py::test_the_soak_command_passes_within_the_trained_length": 1,
+    "test_evaluation_streaming.py::test_no_method_sees_its_own_future": 1,
+    "test_families.py::test_past_the_bound_logits_are_finite_and_the_cache_bounded": 30,
+    "test_generate.py::test_below_the_bound_generate_gives_what_it_gives_with_dynamic_cache": 60,
+    "test_generate.py::test_past_the_bound_generate_does_what_a_loop_by_hand_does": 34,
+    "test_modules.py::test_a_deep_copy_goes_on_as_the_cache_does_and_by_itself": 2,
+    "test_modules.py::test_a_forward_that_fails_leaves_no_trace_wherever_the_stream_is": 1,
+    "test_modules.py::test_a_long_prefill_that_fails_after_layers_were_compacted_has_never_been": 1,
+    "test_modules.py::test_a_reset_cache_is_as_new": 2,
+    "test_modules.py::test_cropped_tokens_are_forgotten_and_the_stream_goes_on": 2,
+    "test_modules.py::test_generate_stays_bounded_on_a_padded_batch": 2,
+    "test_modules.py::test_rows_take_all_that_is_theirs_along": 3,
+    "test_modules.py::test_the_cache_takes_the_memory_it_said_to_the_byte": 4,
+    "test_parallel.py::test_all_a_layer_makes_is_on_the_device_of_its_keys": 2,
+    "test_plain.py::test_every_setting_does_what_the_reference_does": 10,
+    "test_plain.py::test_families_are_the_references_too": 4,
+    "test_plain_padded.py::test_a_row_of_a_left_padded_batch_is_the_row_alone": 3,
+    "test_plain_padded.py::test_rows_are_alone_with_other_settings_too": 2,
+    "test_plain_padded.py::test_the_position_window_is_the_references": 4,
+    "test_positions.py::test_a_stream_at_token_5_000_000_gives_the_logits_of_one_near_0": 2,
+    "test_positions.py::test_positions_never_leave_the_window_and_keep_their_order": 7,
+    "test_rows.py::test_a_row_of_a_padded_batch_gives_what_it_gives_alone": 12,
+    "test_rows.py::test_a_row_stays_itself_with_all_four_modules": 1,
+    "test_runtime.py::test_a_failed_pass_is_taken_back_at_every_layer_of_every_kind": 12,
+    "test_runtime.py::test_a_failure_in_the_middle_of_a_compaction_leaves_the_cache_as_it_was": 3,
+    "test_runtime.py::test_all_layers_are_at_one_point_after_a_pass_that_failed_between_two_groups": 5,
+    "test_runtime.py::test_one_cache_goes_through_every_mode_with_equal_logits": 7,
+    "test_session.py::test_a_loaded_conversation_goes_on_to_the_bit": 10,
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark as slow the cases of a test that `QUICK_CASES` leaves to them."""
+    cases: dict[str, list] = {}
+    for item in items:
+        name = f"{item.path.name}::{getattr(item, 'originalname', item.name)}"
+        if name in QUICK_CASES and item.get_closest_marker("slow") is None:
+            cases.setdefault(name, []).append(item)
+    for name, own in cases.items():
+        count, kept = len(own), QUICK_CASES[name]
+        quick = {place * count // kept for place in range(kept)}
+        for place, item in enumerate(own):
+            if place not in quick:
+                item.add_marker(pytest.mark.slow)

@@ -26,6 +26,7 @@ from streaming_llm.compressors import attention_matching, available_compressors,
 from streaming_llm.compressors.attention_matching import ridge_towards
 from streaming_llm.compressors.low_rank import LowRankCompressor
 from streaming_llm.compressors.vq import weighted_kmeans
+from streaming_llm.evaluation.lone_layer import LoneLayer
 from streaming_llm.importance import attention_statistics
 from streaming_llm.tokens import EXACT, PRECISION, UNUSED, concatenate, top_in_order
 
@@ -686,3 +687,17 @@ def test_a_result_that_does_not_fit_is_refused_in_the_middle_of_a_stream_by_name
     cache.reset()
     cache = enable_adms_llm(model, **shape)
     stream(model, token_ids(60), cache, 4)
+
+
+@pytest.mark.parametrize("name", ["low_rank", "vq", "attention_matching"])
+def test_a_head_that_may_keep_nothing_keeps_nothing(name):
+    settings = {"compressor_type": name, "num_clusters": 1, "rank": 4, "min_importance_tokens": 0, "importance_ratio": 0.0}
+    config = ADMSConfig(compressed_budget=0, enable_residual_replay=True, replay_budget=1, start_size=0, recent_size=1,
+                        compression_interval=1, min_middle_size_for_compress=0, **settings)  # fmt: skip
+    layer = LoneLayer(config)
+    keys, values = random_states(12)
+    for start in range(0, 12, 3):
+        part = slice(start, start + 3)
+        layer.update(keys[:, :, part], values[:, :, part])
+        layer.observe(random_queries(12)[:, :, part], 0.3)
+    assert layer.held.valid.sum(-1).max() <= config.expected_max_tokens and layer.held.keys.isfinite().all()

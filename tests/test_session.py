@@ -780,6 +780,7 @@ def test_the_model_saved_for_is_the_one_that_was_used_last_and_a_lost_one_is_rem
         ADMSKVCache.load(tmp_path / "talk.adms", first)
 
 
+@pytest.mark.slow
 def test_a_pickled_cache_goes_on_and_is_saved_in_another_process(tmp_path):
     model, cache, ids = begun("budgets by variance")
     (tmp_path / "cache.pkl").write_bytes(pickle.dumps(cache))

@@ -51,6 +51,7 @@ def test_a_left_padded_batch_says_what_it_says_with_transformers_own_cache(smol,
     assert text[0].startswith(", 6, 7, 8") and text[1].startswith(", D, E")
 
 
+@pytest.mark.slow
 def test_two_beams_find_what_they_find_with_transformers_own_cache(smol):
     model, tokenizer = smol
     inputs = encode(tokenizer, PROMPTS)

@@ -89,6 +89,9 @@ class VQCompressor(Compressor):
         exact.tier = torch.where(picked, torch.where(exact.count == 1, EXACT, PRECISION), UNUSED).to(torch.int8)
         taken = torch.zeros_like(tokens.valid).scatter(2, index, picked)
         made, nearest = self.cluster(tokens, reference, tokens.valid & ~taken, clusters)
+        if budget is not None:
+            # There is always room for a cluster, but for a head that may keep nothing.
+            made = made.where_valid(made.valid & (torch.arange(clusters, device=index.device) < budget[..., None]))
         both = concatenate([exact, made])
         order = torch.where(both.valid, both.pos, torch.inf).argsort(dim=2, stable=True)
         places = torch.arange(exact_width, device=index.device).expand_as(index)
