@@ -8,6 +8,7 @@ keys themselves, as `AttendedKeys`, see to it that torch's attention is called w
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -74,10 +75,12 @@ def _attention(base: str) -> Callable:
         layer: ADMSLayer | None = getattr(key, "adms_layer", None)
         if layer is None:
             return forward(module, query, key, value, attention_mask, **kwargs)
-        packed = base == "sdpa" and query.shape[1] != key.shape[1] and not layer.plain
+        own = functools.partial(forward, module, **kwargs)
+        packed = base == "sdpa" and query.shape[1] != key.shape[1]
         result = _attend(
             layer,
-            lambda *states: packed_sdpa(*states, **kwargs) if packed else forward(module, *states, **kwargs),
+            own,
+            functools.partial(packed_sdpa, **kwargs) if packed else own,
             query,
             key,
             value,
@@ -119,13 +122,14 @@ def packed_sdpa(
 def _attend(
     layer: ADMSLayer,
     kernel: Callable,
+    masked: Callable,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
     wide: bool,
 ) -> Any:
-    """`kernel(query, key, value, mask)`, with the log-mass in place of `mask` once that counts; `wide`: in float32 then.
+    """`kernel(query, key, value, mask)`; once log-mass counts, `masked(query, key, value, log_mass)`, `wide`: in float32.
 
     Autocast would round the log-mass, and make of its lowest number one that leaves nothing of a row: what it would do to
     the other three is done here, and it is off in the kernel.
@@ -140,9 +144,9 @@ def _attend(
     wide = wide and dtype.itemsize < 4
     bias = layer.attention_bias(query.shape[2], query.shape[1] // key.shape[1], torch.float32 if wide else dtype)
     if not torch.is_autocast_enabled(kind):
-        return kernel(query, key, value, bias)
+        return masked(query, key, value, bias)
     with torch.autocast(kind, enabled=False):
-        return kernel(query.to(dtype), key.to(dtype), value.to(dtype), bias)
+        return masked(query.to(dtype), key.to(dtype), value.to(dtype), bias)
 
 
 def _show(layer: ADMSLayer, query: torch.Tensor, scale: float | None, softcap: float | None = None) -> None:
@@ -202,7 +206,7 @@ class AttendedKeys(torch.Tensor):
             causal = is_causal and mask is attn_mask
             return kernel(query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=causal, scale=scale, **kwargs)
 
-        result = _attend(layer, attend, query, key.keys, value, attn_mask, wide=query.device.type in WIDE_MASKS)
+        result = _attend(layer, attend, attend, query, key.keys, value, attn_mask, wide=query.device.type in WIDE_MASKS)
         _show(layer, query, scale)
         return result
 

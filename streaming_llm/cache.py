@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -295,7 +296,7 @@ class ADMSKVCache(
         """The mask with a column for every token (None: no padding), and whether it was given for the new ones only."""
         stacks, capacity = self.stream.stacks, self.config.expected_max_tokens
         if mask.dim() != 2:
-            if seen + new > capacity or self.stream.padded or any(stack.compacted for stack in stacks):
+            if seen + new > capacity or self.stream.padded or self.stream.compacted:
                 raise ValueError(
                     f"attention_mask of shape {list(mask.shape)} can't be: once tokens are compacted only a 2-D mask "
                     "[batch, tokens] tells what is padding"
@@ -347,7 +348,7 @@ class ADMSKVCache(
             return
         self.stream.open.over = True
         new = self.stream.open.arrival.new
-        try:
+        with self._aborted_if_it_fails():
             for layer in self.layers:
                 if not isinstance(layer, ADMSLayer) and layer.is_initialized:
                     layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
@@ -355,9 +356,6 @@ class ADMSKVCache(
                 self.stream.check()
             else:
                 self.stream.commit()
-        except BaseException:
-            self.abort_forward()
-            raise
         self._log_every_512(self.stream.seen, new)
 
     def _committed(self, done: Pass) -> None:
@@ -385,8 +383,13 @@ class ADMSKVCache(
 
     def _settle(self) -> None:
         """Let a pass that only waited for a crop count; where that fails, it has never been."""
-        try:
+        with self._aborted_if_it_fails():
             self.stream.settle()
+
+    @contextlib.contextmanager
+    def _aborted_if_it_fails(self) -> Iterator[None]:
+        try:
+            yield
         except BaseException:
             self.abort_forward()
             raise
@@ -415,11 +418,8 @@ class ADMSKVCache(
             # Transformers' sliding layers refuse to be cropped by 0 where they record nothing.
             if gone or getattr(layer, "record_past", False):
                 layer.crop(-gone)
-        try:
+        with self._aborted_if_it_fails():
             self.stream.crop(gone)
-        except BaseException:
-            self.abort_forward()
-            raise
         if self.padding:
             self.padding = with_columns(self.padding, self.stream.seen, torch.ones(len(self.padding), 0, dtype=torch.bool))
         self.seen_tokens.remove(max(0, self.seen_tokens.length - self.stream.seen))
@@ -500,7 +500,7 @@ class ADMSKVCache(
                 compacted.append((keys, values))
                 continue
             stream = Stream(_without_log_mass(self.config), wired=False)
-            compacted.append(stream.compacted(keys, values))
+            compacted.append(stream.compact_states(keys, values))
         self._length_override = past_key_values[0][0].shape[2] if past_key_values else None
         return compacted
 

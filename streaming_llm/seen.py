@@ -197,7 +197,7 @@ class SeenMixin:
         aligned = real.shape[1] > kept.shape[1] and torch.equal(real[:, : kept.shape[1]], kept)
         # A sliding window counts columns: padding between tokens would take places in it.
         anew = not aligned and len(self._full_layers()) < len(self.layers)
-        if anew or (gone > self.held_one_by_one and not any(layer.compacted for layer in self._full_layers())):
+        if anew or (gone > self.held_one_by_one and not self.stream.compacted):
             # All of it is read anew: nothing is lost by that before the first compaction.
             gone, aligned, kept = seen, True, kept[:, :0]
         if gone:
@@ -221,7 +221,7 @@ class SeenMixin:
             "as what is new where attention_mask is as long as the whole"
         )
         held = self.held_one_by_one
-        compacted = any(layer.compacted for layer in self._full_layers())
+        compacted = self.stream.compacted
         if another or (compacted and gone > held):
             why = f"the last {held} are held one by one, and {gone} would have to be taken back"
             why = "it has no beginning in common with them" if another else why

@@ -9,15 +9,12 @@ from typing import Any
 
 import torch
 
-from .tokens import WeightedTokens
-
 
 @dataclass
 class HeadState:
-    """Base of a module's state for one layer: a dataclass of tensors `[batch, kv_heads, ...]`, changed in place only.
+    """Base of a module's state for one layer: a dataclass of tensors `[batch, kv_heads, ...]`.
 
-    In-place, because layers that are compacted together hold parts of the same tensors, and because `part` gives views: what
-    is done to a part by hand is done to the whole.
+    By hand it is changed in place: `part` gives views, so that what is done to a part is done to the whole.
     """
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -47,20 +44,6 @@ class HeadState:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
-
-
-def map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """`value` with each of its tensors replaced by `function(tensor)`; what holds no tensor comes back as it is."""
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, tuple):
-        return tuple(map_tensors(item, function) for item in value)
-    return value.map(function) if isinstance(value, (WeightedTokens, HeadState)) else value
-
-
-def in_own_storage(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, copied where its storage holds more: a pickle would take the whole storage with it."""
-    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 class HeadView(Mapping):

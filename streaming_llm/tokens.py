@@ -155,16 +155,6 @@ class WeightedTokens:
         for name, tensor in self.tensors().items():
             tensor[:, :, start:stop] = tokens.field(name)
 
-    def append(self, start: int, keys: torch.Tensor, values: torch.Tensor, pos: torch.Tensor) -> None:
-        """Write new tokens into fresh slots from `start` on, in place; shapes as for `new`."""
-        stop = start + keys.shape[2]
-        self.keys[:, :, start:stop] = keys
-        self.values[:, :, start:stop] = values
-        self.pos[:, :, start:stop] = pos
-        if self.exact:
-            self.exact_keys[:, :, start:stop] = keys
-            self.exact_pos[:, :, start:stop] = pos
-
     def widened(self, slots: int) -> WeightedTokens:
         """A copy with `slots` slots; those behind these are as those of untouched tokens."""
         copies, length = {}, min(slots, self.length)
@@ -180,20 +170,6 @@ class WeightedTokens:
         fields = ("beta", "score", "mass", "square", "count", "tier")
         filled = {name: getattr(self, name).masked_fill(free, _UNTOUCHED.get(name, 0)) for name in fields}
         return dataclasses.replace(self, **filled)
-
-    def refresh(self, start: int, stop: int) -> None:
-        """Give the slots from `start` to `stop` the bookkeeping of untouched tokens, in place."""
-        for name in ("beta", "score", "mass", "square"):
-            getattr(self, name)[:, :, start:stop] = 0
-        self.count[:, :, start:stop] = 1
-        self.tier[:, :, start:stop] = RECENT
-
-    def hide(self, start: int, hidden: torch.Tensor) -> None:
-        """Mark slots from `start` on as unused, in place, where `hidden [batch, 1, tokens]` is True."""
-        stop = start + hidden.shape[-1]
-        self.beta[:, :, start:stop].masked_fill_(hidden, -torch.inf)
-        for name in ("count", "tier"):
-            getattr(self, name)[:, :, start:stop].masked_fill_(hidden, 0)
 
     def with_slots(self, index: torch.Tensor, picked: torch.Tensor, tokens: WeightedTokens) -> WeightedTokens:
         """The same with `tokens [batch, kv_heads, n, ...]` in the slots `index [batch, kv_heads, n]`, where `picked`."""

@@ -101,6 +101,27 @@ def token_ids(tokens: int, batch: int = 1, seed: int = 0, vocab_size: int = 128)
 
 
 @torch.no_grad()
+def padded_passes(model, rows: list[torch.Tensor], passes: list[list[int]], cache):
+    """Rows `[1, tokens]` streamed together: yields the logits of each pass and where its tokens are real, `[rows, width]`.
+
+    `passes[n][row]`: real tokens of the row in pass `n`. A pass is as wide as its longest row, the others are padded on the
+    left. Position ids count a row's real tokens.
+    """
+    fed, mask = [0] * len(rows), torch.zeros(len(rows), 0, dtype=torch.long)
+    for sizes in passes:
+        width = max(sizes)
+        ids = torch.full((len(rows), width), model.config.pad_token_id or 0)
+        new = torch.zeros(len(rows), width, dtype=torch.long)
+        for row, size in enumerate(sizes):
+            ids[row, width - size :] = rows[row][0, fed[row] : fed[row] + size]
+            new[row, width - size :] = 1
+            fed[row] += size
+        mask = torch.cat([mask, new], dim=1)
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -width:]
+        yield model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits, new > 0
+
+
+@torch.no_grad()
 def stream(model, ids: torch.Tensor, cache, chunk: int, **inputs) -> torch.Tensor:
     """Logits `[batch, tokens, vocab]` of `ids` given to the model in chunks of `chunk` tokens with `cache`."""
     parts = []

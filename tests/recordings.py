@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from conftest import make_tiny_llama, token_ids  # noqa: E402
+from conftest import make_tiny_llama, padded_passes, token_ids  # noqa: E402
 from plain import chunk_sizes  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
@@ -182,24 +182,12 @@ def feed(take: Take, model, cache, ids: torch.Tensor, chunks: int | list[int], n
     take.add(name, torch.cat([model(input_ids=part, past_key_values=cache, **inputs).logits for part in parts], dim=1))
 
 
-@torch.no_grad()
 def feed_padded(take: Take, model, cache, passes: list[list[int]]) -> None:
     """Rows padded on the left: `passes[n][row]` tokens of the row in pass `n`; the logits of each pass are a tensor."""
     rows = [token_ids(sum(sizes), seed=10 + row) for row, sizes in enumerate(zip(*passes, strict=True))]
-    fed, mask = [0] * len(rows), torch.zeros(len(rows), 0, dtype=torch.long)
-    for number, sizes in enumerate(passes):
-        width = max(sizes)
-        ids = torch.full((len(rows), width), model.config.pad_token_id or 0)
-        new = torch.zeros(len(rows), width, dtype=torch.long)
-        for row, size in enumerate(sizes):
-            ids[row, width - size :] = rows[row][0, fed[row] : fed[row] + size]
-            new[row, width - size :] = 1
-            fed[row] += size
-        mask = torch.cat([mask, new], dim=1)
-        positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -width:]
-        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+    for number, (logits, real) in enumerate(padded_passes(model, rows, passes, cache)):
         # What padding says means nothing.
-        take.add(f"logits of pass {number}", torch.where(new[..., None] > 0, logits, 0.0))
+        take.add(f"logits of pass {number}", torch.where(real[..., None], logits, 0.0))
 
 
 def generate(take: Take, model, cache, ids: torch.Tensor, new: int, **options) -> None:

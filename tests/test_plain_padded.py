@@ -5,7 +5,7 @@ from __future__ import annotations
 import plain
 import pytest
 import torch
-from conftest import make_tiny_llama
+from conftest import make_tiny_llama, padded_passes
 from test_plain import SMALL, assert_same_state, distinct
 
 from streaming_llm import enable_adms_llm
@@ -31,27 +31,12 @@ def long_row(seed: int, tokens: int) -> torch.Tensor:
     return torch.cat([distinct(seed, 125), distinct(seed + 100, 125)], dim=1)[:, :tokens]
 
 
-@torch.no_grad()
 def padded_stream(model, rows: list[torch.Tensor], passes: list[list[int]], cache) -> list[torch.Tensor]:
-    """The rows' logits `[1, tokens, vocab]` each, streamed together; `passes[n][row]`: real tokens of the row in pass `n`.
-
-    A pass is as wide as its longest row, the others are padded on the left. Position ids count a row's real tokens.
-    """
-    fed, mask = [0] * len(rows), torch.zeros(len(rows), 0, dtype=torch.long)
+    """The rows' logits `[1, tokens, vocab]` each, streamed as one; `passes[n][row]`: tokens of the row in pass `n`."""
     parts: list[list[torch.Tensor]] = [[] for _ in rows]
-    for sizes in passes:
-        width = max(sizes)
-        ids = torch.full((len(rows), width), model.config.pad_token_id)
-        new = torch.zeros(len(rows), width, dtype=torch.long)
-        for row, size in enumerate(sizes):
-            ids[row, width - size :] = rows[row][0, fed[row] : fed[row] + size]
-            new[row, width - size :] = 1
-            fed[row] += size
-        mask = torch.cat([mask, new], dim=1)
-        positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -width:]
-        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
-        for row, size in enumerate(sizes):
-            parts[row].append(logits[row : row + 1, width - size :])
+    for logits, real in padded_passes(model, rows, passes, cache):
+        for row, part in enumerate(parts):
+            part.append(logits[row : row + 1, real[row]])
     return [torch.cat(part, dim=1) for part in parts]
 
 

@@ -58,8 +58,7 @@ class LoneLayer(ADMSLayer):
         fixed = config.dynamic_start_size + config.recent_size
         due = [which for which in stack.classes() if stack.rows[which[0]].length - fixed > self.width]
         if due:
-            rest = [which for which in stack.classes() if which not in due]
-            self.stream.stacks = [self.stream.upkeep.compacted(stack, due, rest if stack.real is not None else ())]
+            self.stream.stacks = [self.stream.upkeep.compacted(stack, due)]
 
     def crop(self, tokens_to_remove: int) -> None:
         """As `ADMSKVCache.crop`."""

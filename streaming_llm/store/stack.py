@@ -24,6 +24,12 @@ from ..rope import Rope
 from ..tokens import WeightedTokens
 
 
+def true_first(which: torch.Tensor) -> torch.Tensor:
+    """The columns of `which`, bool `[rows, columns]`, those that are True first, each kind in its order; int64."""
+    # Not every device sorts bools.
+    return (~which).to(torch.int8).argsort(dim=1, stable=True)
+
+
 class Row(NamedTuple):
     """Where a row of a stack stands, the same in all its layers. Rows that are equal are worked on together.
 
@@ -134,8 +140,7 @@ class Stack:
         """Free slots for layers whose states are shaped, typed and placed like `keys` and `values`."""
         config.check_head_dim(keys.shape[-1])
         row = Row(width=config.widest_middle)
-        tokens = WeightedTokens.empty(keys, values, row.slots(config), copies=len(layers))
-        tokens.refresh(0, tokens.length)
+        tokens = WeightedTokens.empty(keys, values, 0, copies=len(layers)).widened(row.slots(config))
         memory = Memory.empty(config, keys, values, len(layers))
         return cls(layers, config, rope, (row,) * keys.shape[0], tokens, memory)
 
@@ -222,7 +227,7 @@ class Stack:
 
     def order(self, which: Sequence[int], length: int) -> torch.Tensor:
         """The columns of rows whose padding has slots that are none, int64 `[rows, length]`."""
-        return (~self.real[list(which)]).to(torch.int8).argsort(dim=1, stable=True)[:, :length]
+        return true_first(self.real[list(which)])[:, :length]
 
     def remembered(self, which: Sequence[int]) -> Memory:
         """What the modules remember of these rows; the very tensors where all rows are asked."""
@@ -292,14 +297,15 @@ class Stack:
         rows = tuple(row if number in chosen else own for number, own in enumerate(self.rows))
         return dataclasses.replace(self, rows=rows)
 
+    def empty_queries(self, states: torch.Tensor) -> torch.Tensor:
+        """A store of queries like `states [rows, kv_heads, groups, new, head_dim]`, for all rows, with none in it."""
+        shape = (self.tokens.keys.shape[0], *states.shape[1:3], self.config.query_slots, states.shape[4])
+        return torch.zeros(shape, dtype=states.dtype, device=states.device)
+
     def with_queries(self, which: Sequence[int], queries: Queries, start: int) -> Stack:
         """The stack whose rows `which` have these queries stored from number `start` on."""
         states, index = queries.states, self.index(which)
-        if self.queries is None:
-            shape = (self.tokens.keys.shape[0], *states.shape[1:3], self.config.query_slots, states.shape[4])
-            own = torch.zeros(shape, dtype=states.dtype, device=states.device)
-        else:
-            own = self.queries.clone()
+        own = self.empty_queries(states) if self.queries is None else self.queries.clone()
         at = slice(None) if index is None else index
         own[at, :, :, start : start + states.shape[3]] = states.to(own.dtype)
         return dataclasses.replace(self, queries=own, scale=queries.scale, softcap=queries.softcap)
@@ -389,12 +395,12 @@ class Stack:
         layers, heads = len(self.layers), self.tokens.keys.shape[1]
         result = dataclasses.replace(self, rows=tuple(rows), tail=tail)
         if self.queries is not None and not bool(queries.all()):
-            order = (~queries).to(torch.int8).argsort(dim=1, stable=True).to(self.device).repeat(layers, 1)
+            order = true_first(queries).to(self.device).repeat(layers, 1)
             result.queries = self.queries.gather(3, order[:, None, None, :, None].expand(self.queries.shape))
         if self.shows_columns:
             result.real = change.real.to(self.device)
         else:
-            order = (~slots).to(torch.int8).argsort(dim=1, stable=True).to(self.device).repeat(layers, 1)
+            order = true_first(slots).to(self.device).repeat(layers, 1)
             tokens = self.tokens.gather(order[:, None].expand(-1, heads, -1))
             free = torch.arange(tokens.length, device=self.device) >= result.lengths[:, None]
             result.tokens = tokens.cleared(free.repeat(layers, 1)[:, None])

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from ..importance import Queries
-from ..store.stack import Row, Stack
+from ..store.stack import Row, Stack, true_first
 from ..tokens import WeightedTokens, concatenate
 from .upkeep import Upkeep
 
@@ -264,8 +264,7 @@ class StackPass:
         states = states.to(self.stack.tokens.keys.dtype)
         if self.stores_queries:
             if self.queries is None:
-                shape = (batch * len(self.stack.layers), *states.shape[1:3], config.query_slots, states.shape[-1])
-                self.queries = torch.zeros(shape, dtype=states.dtype, device=states.device)
+                self.queries = self.stack.empty_queries(states)
             self._store(self.stack.of_layer(layer, self.queries), states)
         elif self.overflows or config.middle_allocation:
             single = self.singles.get(layer) or self.stack.single(layer)
@@ -287,7 +286,7 @@ class StackPass:
             own[torch.arange(own.shape[0], device=own.device), :, :, start[:, 0]] = states[:, :, :, 0]
             return
         # Real ones first: picked by a mask they would make an accelerator wait.
-        order = (~self.real).to(torch.int8).argsort(dim=1, stable=True)
+        order = true_first(self.real)
         for number, (row, count) in enumerate(zip(rows, counts, strict=True)):
             new = states[number].index_select(2, order[number, :count])
             own[number, :, :, row.queries : row.queries + count] = new
@@ -311,8 +310,7 @@ class StackPass:
                 single = self._taken(single, which, self._of(queries, which, count))
         if self.overflows:
             due = [which for which in classes if single.rows[which[0]].overfull(config, 0)]
-            rest = [which for which in classes if which not in due]
-            single = self.upkeep.compacted(single, due, rest)
+            single = self.upkeep.compacted(single, due)
         self.singles[layer] = single
 
     def _taken(self, single: Stack, which: list[int], queries: Queries) -> Stack:
@@ -333,7 +331,7 @@ class StackPass:
         """The queries of some rows' real tokens, `count` each."""
         states = queries.states
         if self.real is not None:
-            order = (~self.real[which]).to(torch.int8).argsort(dim=1, stable=True)[:, None, None, :count, None]
+            order = true_first(self.real[which])[:, None, None, :count, None]
             states = states[which]
             states = states.gather(3, order.expand(-1, *states.shape[1:3], -1, states.shape[-1]))
         return dataclasses.replace(queries, states=states)

@@ -19,7 +19,7 @@ from ..rope import Rope
 from ..store.stack import Row, Stack
 from .passes import Arrival, NonFiniteError, StackPass
 from .positions import PositionWindow
-from .trading import first_trade, next_trade, runs, traded
+from .trading import FIRST_TRADE, next_trade, runs, traded
 from .upkeep import Upkeep
 
 
@@ -30,8 +30,7 @@ class Pass:
     Attributes:
         arrival: what it brings.
         stacks: as they were when it began, what was due done.
-        following: position of the token after it, per row; what `PositionWindow.following` becomes.
-        offsets: as `PositionWindow.offsets` become.
+        window: as `Stream.window` becomes.
         next_trades: as `Stream.next_trades` become.
         parts: what happened in each stack so far.
         over: whether the forward is over and the pass only waits to be committed or cropped.
@@ -59,7 +58,6 @@ class Stream:
     Args:
         config: the settings.
         wired: whether attention shows its queries and sees log-mass.
-        layers: numbers of the layers it holds; more appear as they are used where `grows`.
         layers_at_once: layers that share a stack, and are compacted in one call.
         window: the positions the model is given.
         ranks: the processes a model's heads are spread over; None where each has all.
@@ -135,6 +133,11 @@ class Stream:
         """Whether padding has no slots any more, or will have none."""
         return any(not stack.shows_columns for stack in self.stacks)
 
+    @property
+    def compacted(self) -> bool:
+        """Whether any row was compacted."""
+        return any(stack.compacted for stack in self.stacks)
+
     def exact_lengths(self) -> list[int]:
         """How many of each row's newest tokens every layer holds one by one."""
         rows = zip(*(stack.rows for stack in self.stacks), strict=True)
@@ -199,20 +202,14 @@ class Stream:
         return Pass(arrival, stacks, window, trades)
 
     def _with_room(self, stack: Stack, arrival: Arrival) -> Stack:
-        due = [
-            which
-            for which in stack.classes(lambda number: arrival.counts[number])
-            if stack.rows[which[0]].overfull(self.config, arrival.counts[which[0]])
-        ]
-        if due:
-            classes = stack.classes(lambda number: arrival.counts[number])
-            rest = [which for which in classes if which not in due] if stack.real is not None else ()
-            stack = self.upkeep.compacted(stack, due, rest)
-        return stack
+        """The stack with the rows compacted that the new tokens would not fit into."""
+        classes = stack.classes(lambda number: arrival.counts[number])
+        due = [which for which in classes if stack.rows[which[0]].overfull(self.config, arrival.counts[which[0]])]
+        return self.upkeep.compacted(stack, due) if due else stack
 
     def _with_trades(self, stacks: list[Stack], arrival: Arrival) -> tuple[list[Stack], tuple[int, ...]]:
         """Let layers trade budget for the rows that are due, where enough was measured since the last time."""
-        config, trades = self.config, self.next_trades or (first_trade,) * len(arrival.counts)
+        config, trades = self.config, self.next_trades or (FIRST_TRADE,) * len(arrival.counts)
         if not (stacks and config.enable_adaptive_controller and config.controller_scope == "model"):
             return stacks, trades
         trading = [
@@ -256,8 +253,8 @@ class Stream:
         self.stacks = sorted([*(own for own in self.stacks if layer not in own.layers), stack], key=lambda own: own.layers)
         return keys, values
 
-    def compacted(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of one layer after a compaction, without any state."""
+    def compact_states(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one layer after a compaction, by a new stream that is used for nothing else."""
         self._write_unwired(0, keys, values)
         stack = self.stack_of(0)
         if not stack.compacted:

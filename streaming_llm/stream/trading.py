@@ -14,15 +14,12 @@ from .upkeep import Upkeep
 
 # Layers trade after so many compactions first, then after twice as many each time (much is still to be learnt), and at last
 # every so many.
-_FIRST, _EVERY = 2, 64
+FIRST_TRADE, _EVERY = 2, 64
 
 
 def next_trade(compactions: int) -> int:
     """After how many compactions layers that trade now do so again."""
     return min(2 * compactions, compactions + _EVERY)
-
-
-first_trade = _FIRST
 
 
 def traded(
@@ -64,7 +61,7 @@ def _to_budget(single: Stack, rows: list[int], budgets: torch.Tensor, widest: in
     agreed = torch.zeros(single.batch, dtype=torch.int64)
     agreed[rows] = budgets
     others = config.sketch_budget + config.replay_budget
-    return upkeep.compacted(single, [rows], (), others + widest, agreed.to(single.device), least)
+    return upkeep.compacted(single, [rows], others + widest, agreed.to(single.device), least)
 
 
 def joined(singles: Sequence[Stack], layers_at_once: int) -> list[Stack]:

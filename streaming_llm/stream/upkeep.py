@@ -137,15 +137,15 @@ class Upkeep:
         self,
         stack: Stack,
         due: Sequence[Sequence[int]],
-        rest: Sequence[Sequence[int]] = (),
         width: int | None = None,
         budgets: torch.Tensor | None = None,
         least: int = 0,
     ) -> Stack:
         """Compact rows of a stack, those of each list of `due` equal ones; padding has no slots afterwards.
 
+        With none due, the rows are only given a buffer of the usual size.
+
         Args:
-            rest: the other rows, likewise; they need not be told where padding has no slots.
             width: slots their middle has from now on; None for as many as now.
             budgets: tokens their layers agreed on, int64 `[layers * batch]`, and the least of them; None for no change.
         """
@@ -153,7 +153,10 @@ class Upkeep:
             stack = self.scored(stack, which)
         done = [self._compacted_rows(stack, which, width, budgets, least) for which in due]
         parts = [part for part, _ in done]
-        parts += [stack.part(which) for which in rest]
+        if stack.real is not None or not due:
+            chosen = {number for which in due for number in which}
+            classes = stack.classes(lambda number: number in chosen)
+            parts += [stack.part(which) for which in classes if which[0] not in chosen]
         return dataclasses.replace(stack.with_parts(parts), counts=sum((counts for _, counts in done), stack.counts))
 
     def _compacted_rows(
