@@ -143,6 +143,10 @@ def _attend(
     dtype = autocast_dtype(query.dtype, kind)
     wide = wide and dtype.itemsize < 4
     bias = layer.attention_bias(query.shape[2], query.shape[1] // key.shape[1], torch.float32 if wide else dtype)
+    recalled = layer.recall(query)
+    if recalled is not None:
+        key, value = recalled.beside(key, value)
+        bias = recalled.bias(bias)
     if not torch.is_autocast_enabled(kind):
         return masked(query, key, value, bias)
     with torch.autocast(kind, enabled=False):

@@ -23,6 +23,7 @@ SKETCH_REDUCTIONS = ("mean", "sum", "first")
 ANCHOR_MODES = ("mean", "grid", "hybrid")
 POSITION_POLICIES = ("auto", "absolute", "cache")
 CONTROLLER_SCOPES = ("layer", "model")
+RECALL_STORES = ("device", "host", "disk")
 IMPORTANCE_METRICS = ("attention", "value_norm", "key_norm", "mixed")
 FEATURES = (
     "enable_dual_fidelity",
@@ -170,6 +171,21 @@ class ADMSConfig:
     adaptive_budget_floor: float = _setting(0.5, "smallest multiple of compressed_budget a head gets", low=0.0, high=1.0)
     adaptive_budget_cap: float = _setting(2.5, "largest multiple of compressed_budget a head gets", low=1.0)
     adaptive_variance_smoothing: float = _setting(0.1, "weight of the newest variance in its EMA", above=0.0, high=1.0)
+    enable_recall: bool = _setting(False, "archive what leaves the recent window, and attend to it again where a query asks")
+    recall_budget: int = _setting(64, "archived tokens that a query may attend to, beside what is held", low=0)
+    recall_chunk_budget: int = _setting(
+        256, "archived tokens that the queries of a longer pass may attend to, one set for all of them", low=0
+    )
+    recall_tokens: int = _setting(32768, "tokens of the archive; past it the oldest leave", low=1)
+    recall_rank: int = _setting(16, "dimensions of the codes that archived tokens are found by", low=1)
+    recall_bits: int = _setting(
+        16, "bits a channel of archived keys and values: 16 for as they are, 8 or 4", options=(16, 8, 4)
+    )
+    recall_store: str = _setting(
+        "device",
+        "where archived tokens are: on the model's device, in the host's memory, or in a file",
+        options=RECALL_STORES,
+    )
     seed: int = _setting(0, "seed of whatever is drawn at random (vq's first centres, hybrid anchors)", low=0)
 
     def __post_init__(self) -> None:
@@ -190,7 +206,7 @@ class ADMSConfig:
             raise ValueError(f"{name}={value!r} must be a finite number")
         options = limits.get("options")
         if options is not None and value not in options:
-            raise ValueError(f"{name}={value!r} must be one of {', '.join(options)}")
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, options))}")
         low, above, high = limits.get("low"), limits.get("above"), limits.get("high")
         too_low = (low is not None and value < low) or (above is not None and value <= above)
         if too_low or (high is not None and value > high):

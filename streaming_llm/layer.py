@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from .attend.recall import Recalled
 from .autograd import unrecorded
 from .compressors.base import Compressor
 from .rope import Rope
@@ -181,6 +182,11 @@ class ADMSLayer(CacheLayerMixin):
     def attention_bias(self, new: int, groups: int, dtype: torch.dtype) -> torch.Tensor:
         """See `StackPass.bias`."""
         return self.stream.part_of(self.number).bias(self.number, groups, dtype)
+
+    @unrecorded()
+    def recall(self, query: torch.Tensor) -> Recalled | None:
+        """See `StackPass.recall`."""
+        return self.stream.part_of(self.number).recall(self.number, query)
 
     @unrecorded()
     def observe(self, query: torch.Tensor, scale: float, softcap: float | None = None) -> None:

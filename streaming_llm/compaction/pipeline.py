@@ -60,6 +60,7 @@ class Plan:
         compactions: how many there were before this one.
         mass_share: what stays of the weight that tokens have for others; 1 for all.
         budgets: the controller's budgets that layers agreed on, int64 `[rows]`, and the least of them; None without.
+        traces: whether it is to be told what became of each candidate.
     """
 
     config: ADMSConfig
@@ -71,6 +72,7 @@ class Plan:
     compactions: int = 0
     mass_share: float = 1.0
     budgets: tuple[torch.Tensor, int] | None = None
+    traces: bool = False
 
 
 @dataclass
@@ -81,11 +83,17 @@ class Compacted:
         tokens: sinks, `width` slots of middle and recent window, one after the other.
         memory: what the modules remember now.
         counts: what was done.
+        parents: slot of the middle that each candidate is in, int64 `[rows, kv_heads, candidates]`, -1 for none; None where
+            `Plan.traces` did not ask.
+        before, after: attention mass of the candidates and of the middle's slots, likewise.
     """
 
     tokens: WeightedTokens
     memory: Memory
     counts: Counts
+    parents: torch.Tensor | None = None
+    before: torch.Tensor | None = None
+    after: torch.Tensor | None = None
 
 
 def compact(source: WeightedTokens, queries: Queries | None, memory: Memory, plan: Plan) -> Compacted:
@@ -105,6 +113,10 @@ class _Compaction:
     def __init__(self, plan: Plan, memory: Memory, queries: Queries | None):
         self.plan, self.memory, self.queries = plan, memory, queries
         self.config, self.counts = plan.config, Counts()
+        # What became of each candidate so far, where that is asked for.
+        self.parents: torch.Tensor | None = None
+        # Where each candidate is once originals have returned among them; None where none did.
+        self.places: torch.Tensor | None = None
 
     def run(self, source: WeightedTokens) -> Compacted:
         """See `compact`."""
@@ -129,7 +141,11 @@ class _Compaction:
         if before is not None:
             energy = reconstruction_energy(before, attention_output(self._asked(QUERY_STEP), result))
             update_controller(self.memory.controller, energy, mass, self.config.controller_gain)
-        return Compacted(result, self.memory, self.counts)
+        traced = {}
+        if self.plan.traces:
+            before, after = (part.mass if self.plan.log_mass else part.count.float() for part in (tokens, middle))
+            traced = {"parents": self._traced(tokens, middle), "before": before, "after": after}
+        return Compacted(result, self.memory, self.counts, **traced)
 
     def _asked(self, step: int) -> Queries:
         """A sample of the queries that have seen all candidates: those of the recent window."""
@@ -148,11 +164,30 @@ class _Compaction:
         budget = self._budget(tokens)
         if self.memory.originals is not None:
             return self._with_originals(source, tokens, first, budget)
-        middle, _ = self._compressed(source, tokens, first, budget)
+        middle, self.parents = self._compressed(source, tokens, first, budget)
         middle, moved = self._placed(middle)
         if moved:
-            middle = middle.gather(torch.where(middle.valid, middle.pos, torch.inf).argsort(dim=2, stable=True))
+            order = torch.where(middle.valid, middle.pos, torch.inf).argsort(dim=2, stable=True)
+            middle = middle.gather(order)
+            self._reordered(order)
         return middle
+
+    def _reordered(self, order: torch.Tensor) -> None:
+        """The slots that `parents` names were put into another order."""
+        if self.parents is not None:
+            self.parents = order.argsort(dim=2).gather(2, self.parents)
+
+    def _traced(self, tokens: WeightedTokens, middle: WeightedTokens) -> torch.Tensor:
+        """Slot of the middle that each of the candidates `tokens` is in; -1 for those nobody knows of."""
+        if not middle.length:
+            return torch.full_like(tokens.count, -1, dtype=torch.int64)
+        # What is held as it was has its position still, whatever the compressor tells.
+        own = is_original(middle)
+        same = (tokens.pos[..., None] == middle.pos[:, :, None]) & own[:, :, None]
+        same = same & is_original(tokens)[..., None]
+        kept, itself = same.any(-1), same.int().argmax(-1)
+        others = -1 if self.parents is None else self.parents
+        return torch.where(kept, itself, others)
 
     def _with_originals(self, source: WeightedTokens, tokens: WeightedTokens, first: int, budget: Budget) -> WeightedTokens:
         """What returns from the originals is a candidate like any other; what overflows the precision tier becomes sketches;
@@ -164,7 +199,8 @@ class _Compaction:
             room = min(originals.slots, max(2 * config.promotion_budget, int(budget.least * _RETURNED_SHARE)))
             tokens, returned, promoted = promote(tokens, originals, config.promotion_budget, room, log_mass)
             self.counts.promotions = promoted.sum()
-            pool = _in_order(concatenate([tokens, returned]), originals)
+            pool, order = _in_order(concatenate([tokens, returned]), originals)
+            self.places = order.argsort(dim=2)[:, :, : tokens.length]
         budget = budget.spread_over(pool.beta)
         if replay_slots:
             # Slots the replay tier has no use for are the precision tier's until it does.
@@ -184,7 +220,11 @@ class _Compaction:
         if replay_slots:
             middle = self._replayed(middle, energy)
         middle, _ = self._placed(middle)
-        return _in_order(middle, originals, self.plan.width)
+        if traced:
+            self.parents = parents if self.places is None else parents.gather(2, self.places)
+        middle, order = _in_order(middle, originals, self.plan.width)
+        self._reordered(order)
+        return middle
 
     def _compressed(
         self, source: WeightedTokens, tokens: WeightedTokens, first: int, budget: Budget
@@ -381,9 +421,13 @@ class _Compaction:
         counts.dropped = left
 
 
-def _in_order(tokens: WeightedTokens, originals: Originals, width: int | None = None) -> WeightedTokens:
-    """The first `width` tokens by position, unused slots last; the originals learn their stand-ins' new slots."""
+def _in_order(tokens: WeightedTokens, originals: Originals, width: int | None = None) -> tuple[WeightedTokens, torch.Tensor]:
+    """The first `width` tokens by position, unused slots last; the originals learn their stand-ins' new slots.
+
+    Returns:
+        `(tokens, order)`: and the slot that each came from, of all of them.
+    """
     order = torch.where(tokens.valid, tokens.pos, torch.inf).argsort(dim=2, stable=True)
     if originals.slots:
         originals.parent.copy_(order.argsort(dim=2).gather(2, originals.parent.clamp(max=tokens.length - 1)))
-    return tokens.gather(order[:, :, :width])
+    return tokens.gather(order[:, :, :width]), order

@@ -22,6 +22,7 @@ from ..importance import Queries
 from ..padding import MaskChange
 from ..rope import Rope
 from ..tokens import WeightedTokens
+from .archive import Archive, Links
 
 
 def true_first(which: torch.Tensor) -> torch.Tensor:
@@ -41,6 +42,8 @@ class Row(NamedTuple):
         least: what the layers' agreement leaves the head with the smallest budget; 0 where they never agreed on any.
         kept: queries kept from before the last compaction, `queries`: all that are stored, `scored`: those that count
             in the scores already; they come in this order.
+        archived: tokens that ever came to the archive.
+        moved: by how much positions were moved back so far.
     """
 
     length: int = 0
@@ -51,6 +54,8 @@ class Row(NamedTuple):
     kept: int = 0
     queries: int = 0
     scored: int = 0
+    archived: int = 0
+    moved: int = 0
 
     def resting(self, config: ADMSConfig) -> int:
         """Slots in use right after a compaction."""
@@ -98,6 +103,7 @@ class Part(NamedTuple):
     tokens: WeightedTokens
     memory: Memory
     queries: torch.Tensor | None = None
+    links: Links | None = None
 
 
 @dataclass
@@ -117,6 +123,7 @@ class Stack:
         tail: how many of the newest columns are real in every row.
         counts: what compactions did.
         real: while padding has slots, which of the columns are none, bool `[batch, columns]`; None once it has not.
+        archive: what left the recent window, where it can be recalled; None otherwise.
     """
 
     layers: tuple[int, ...]
@@ -132,6 +139,7 @@ class Stack:
     tail: int = 0
     counts: Counts = field(default_factory=Counts)
     real: torch.Tensor | None = None
+    archive: Archive | None = None
 
     @classmethod
     def empty(
@@ -142,7 +150,8 @@ class Stack:
         row = Row(width=config.widest_middle)
         tokens = WeightedTokens.empty(keys, values, 0, copies=len(layers)).widened(row.slots(config))
         memory = Memory.empty(config, keys, values, len(layers))
-        return cls(layers, config, rope, (row,) * keys.shape[0], tokens, memory)
+        archive = Archive.empty(config, keys, values, len(layers)) if config.enable_recall else None
+        return cls(layers, config, rope, (row,) * keys.shape[0], tokens, memory, archive=archive)
 
     # -- shape -----------------------------------------------------------------------------------------------------------
 
@@ -272,14 +281,16 @@ class Stack:
         slots = max(slots, max(row.length for row in rows)) + any(row != rows[0] for row in rows)
         if len(parts) == 1 and self.index(parts[0].which) is None:
             part = parts[0]
-            tokens, memory, queries = part.tokens.widened(slots), part.memory, part.queries
+            tokens, memory, queries, links = part.tokens.widened(slots), part.memory, part.queries, part.links
         else:
             exact = any(part.tokens.exact for part in parts) or self.tokens.exact
             own = self.tokens.with_exact() if exact else self.tokens
             tokens, memory = own.widened(slots), self.memory.map(torch.clone)
             queries = None if self.queries is None else self.queries.clone()
+            links = None if self.archive is None else self.archive.links
             for part in parts:
                 index = self.index(part.which)
+                links = links if part.links is None else links.with_rows(index, part.links)
                 index = torch.arange(len(self.layers) * self.batch, device=self.device) if index is None else index
                 full = part.tokens.widened(slots)
                 for name, tensor in tokens.tensors().items():
@@ -289,7 +300,10 @@ class Stack:
                         tensor[index] = getattr(getattr(part.memory, name), key)
                 if part.queries is not None:
                     queries[index] = part.queries
-        return dataclasses.replace(self, rows=tuple(rows), tokens=tokens, memory=memory, queries=queries, real=None)
+        archive = self.archive if links is None else dataclasses.replace(self.archive, links=links)
+        return dataclasses.replace(
+            self, rows=tuple(rows), tokens=tokens, memory=memory, queries=queries, real=None, archive=archive
+        )
 
     def with_row(self, which: Sequence[int], row: Row) -> Stack:
         """The stack whose rows `which` stand where `row` says."""
@@ -328,13 +342,26 @@ class Stack:
         index = torch.tensor([start + row for start in starts for row in rows], device=self.device)
         real = None if self.real is None else self.real[list(rows)]
         picked = self._map(lambda tensor: tensor.index_select(0, index))
+        if self.archive is not None and list(rows) != list(range(self.batch)):
+            picked.archive = self.archive.select(index, rows)
         return dataclasses.replace(picked, rows=tuple(self.rows[row] for row in rows), real=real)
 
     def single(self, layer: int) -> Stack:
         """One of the layers as a stack of its own, of views. The counts stay with the first."""
         counts = self.counts if layer == self.layers[0] else Counts()
         own = self._map(lambda tensor: self.of_layer(layer, tensor))
-        return dataclasses.replace(own, layers=(layer,), counts=counts)
+        return dataclasses.replace(own, layers=(layer,), counts=counts, archive=self.archive_of(layer))
+
+    def archive_of(self, layer: int) -> Archive | None:
+        """The archive of one of the layers, of views."""
+        start = self.layers.index(layer) * self.batch
+        return None if self.archive is None else self.archive.part(start, start + self.batch)
+
+    def with_archive_room(self, new: int) -> Stack:
+        """The stack whose archive has room for `new` more tokens of each row."""
+        if self.archive is None:
+            return self
+        return dataclasses.replace(self, archive=self.archive.with_room([row.archived for row in self.rows], new))
 
     @classmethod
     def join(cls, stacks: Sequence[Stack]) -> Stack:
@@ -361,12 +388,14 @@ class Stack:
             queries=joined([stack.queries for stack in stacks]),
             memory=memory,
             counts=sum((stack.counts for stack in stacks), Counts()),
+            archive=None if first.archive is None else Archive.join([stack.archive for stack in stacks]),
         )
 
     def to(self, device: torch.device) -> Stack:
         """A copy on a device."""
         own = self._map(lambda tensor: tensor.to(device, copy=True))
-        return dataclasses.replace(own, real=None if self.real is None else self.real.to(device))
+        archive = None if self.archive is None else self.archive.to(device)
+        return dataclasses.replace(own, real=None if self.real is None else self.real.to(device), archive=archive)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Stack:
         """Each tensor `[layers * batch, ...]` replaced by `function(tensor)`."""
@@ -431,4 +460,5 @@ class Stack:
             "query_window": queries,
             "originals": sum(state.nbytes for name, state in states.items() if name == "originals"),
             "modules": sum(state.nbytes for name, state in states.items() if name != "originals"),
+            **({"archive": 0, "index": 0} if self.archive is None else self.archive.nbytes),
         }

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..attend.recall import Recalled, closed_up, positions_of, recall, turned_queries
 from ..importance import Queries
 from ..store.stack import Row, Stack, true_first
 from ..tokens import WeightedTokens, concatenate
@@ -111,6 +112,10 @@ class StackPass:
         self.written: set[int] = set()
         self.unanswered: set[int] = set()
         self._biases: dict[tuple[torch.dtype, int], torch.Tensor] = {}
+        self.recalled: dict[int, Recalled] = {}
+        if self.overflows:
+            # Once for all layers, so that their parts are of the same shelves.
+            self.stack = self.stack.with_archive_room(self._most_leaving())
         if not self.overflows:
             self._write_positions()
 
@@ -216,6 +221,40 @@ class StackPass:
         if (dtype, groups) not in self._biases:
             self._biases[dtype, groups] = self._grouped(self.stack.tokens.beta[:, :, : self.stop], groups, dtype, lowest)
         return self.stack.of_layer(layer, self._biases[dtype, groups])
+
+    def recall(self, layer: int, query: torch.Tensor) -> Recalled | None:
+        """What a layer's queries `[batch, heads, new, head_dim]` attend to beside what it holds; None for nothing."""
+        stack, config, archive = self.stack, self.stack.config, self.stack.archive_of(layer)
+        if archive is None or not config.recall_budget:
+            return None
+        # Where the ring has turned, what is left is anywhere in it.
+        live = min(archive.slots, max(row.archived for row in stack.rows))
+        if not live:
+            return None
+        most = max(config.recall_budget, config.recall_chunk_budget)
+        budgets = [min(config.recall_budget * max(count, 1), most) for count in self.arrival.counts]
+        found = recall(
+            archive,
+            live,
+            query,
+            turned_queries(query, self.position_ids, stack.rope),
+            self.real,
+            budgets,
+            config.dynamic_start_size,
+            max(row.width for row in stack.rows),
+        )
+        if stack.rope is not None and stack.rope.rotates and any(row.moved for row in stack.rows):
+            pos, rotated = positions_of(archive, found.slots, [row.moved for row in stack.rows])
+            found.keys = stack.rope.move(found.keys, rotated, closed_up(pos, found.picked, config.dynamic_start_size))
+        self.recalled[layer] = found
+        return found
+
+    def _most_leaving(self) -> int:
+        """The most tokens that any row's recent window loses by this pass."""
+        config = self.stack.config
+        fixed = config.dynamic_start_size + config.recent_size
+        pairs = zip(self.stack.rows, self.arrival.counts, strict=True)
+        return max(0, *(row.length + count - fixed - row.width * bool(row.compactions) for row, count in pairs))
 
     def _grouped(self, beta: torch.Tensor, groups: int, dtype: torch.dtype, lowest: float) -> torch.Tensor:
         bias = self._hidden(beta.to(dtype).clamp_min(lowest), lowest)

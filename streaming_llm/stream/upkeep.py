@@ -14,11 +14,12 @@ import torch
 
 from ..compaction.counts import Counts
 from ..compaction.memory import Memory
-from ..compaction.pipeline import Plan, compact
+from ..compaction.pipeline import Compacted, Plan, compact
 from ..compressors.base import Compressor
 from ..config import ADMSConfig
 from ..importance import Queries, attention_logits, attention_statistics, less_drawn
 from ..recall import Originals
+from ..store.archive import Links, Stands
 from ..store.stack import Part, Row, Stack
 from ..tokens import WeightedTokens, lightened
 
@@ -151,6 +152,9 @@ class Upkeep:
         """
         for which in due:
             stack = self.scored(stack, which)
+        if due:
+            # Before what each row archives is written: all of them see the same shelves.
+            stack = stack.with_archive_room(max(self._leaving(stack, stack.rows[which[0]]) for which in due))
         done = [self._compacted_rows(stack, which, width, budgets, least) for which in due]
         parts = [part for part, _ in done]
         if stack.real is not None or not due:
@@ -181,15 +185,22 @@ class Upkeep:
             compactions=row.compactions,
             mass_share=self._mass_share(row, config),
             budgets=agreed,
+            traces=stack.archive is not None,
         )
         start = 0 if self.compressor.needs_queries else row.kept
-        result = compact(stack.held(which), stack.stored_queries(which, start), stack.remembered(which), plan)
+        held = stack.held(which)
+        result = compact(held, stack.stored_queries(which, start), stack.remembered(which), plan)
         keep = min(config.kept_queries, row.queries)
         queries = stack.queries if index is None or stack.queries is None else stack.queries.index_select(0, index)
         if queries is not None:
             kept = queries[:, :, :, row.queries - keep : row.queries]
             queries = torch.nn.functional.pad(kept, (0, 0, 0, config.query_slots - keep))
+        links, leaving = None, 0
+        if stack.archive is not None:
+            leaving = self._leaving(stack, row)
+            links = self._archived(stack, which, held, result, leaving)
         after = row._replace(
+            archived=row.archived + leaving,
             length=result.tokens.length,
             width=plan.width,
             compactions=row.compactions + 1,
@@ -198,7 +209,34 @@ class Upkeep:
             queries=keep,
             scored=keep,
         )
-        return Part(which, after, result.tokens, result.memory, queries), result.counts
+        return Part(which, after, result.tokens, result.memory, queries, links), result.counts
+
+    @staticmethod
+    def _leaving(stack: Stack, row: Row) -> int:
+        """Tokens of a row that have left the recent window since the last compaction."""
+        return max(
+            0, row.length - stack.config.dynamic_start_size - stack.config.recent_size - row.width * bool(row.compactions)
+        )
+
+    def _archived(self, stack: Stack, which: Sequence[int], held: WeightedTokens, result: Compacted, leaving: int) -> Links:
+        """What the archive knows of equal rows now; what left their recent window is on its shelves."""
+        row, first = stack.rows[which[0]], stack.config.dynamic_start_size
+        last, old = row.length - stack.config.recent_size, row.width * bool(row.compactions)
+        candidates = last - first
+        stands = Stands(result.parents[:, :, :candidates], result.before[:, :, :candidates])
+        return stack.archive.compacted(
+            stack.index(which),
+            which,
+            row.archived,
+            row.moved,
+            held,
+            slice(last - leaving, last),
+            result.tokens.slice(first, result.tokens.length - stack.config.recent_size),
+            result.after,
+            stands,
+            old,
+            stack.rope,
+        )
 
     def _mass_share(self, row: Row, config: ADMSConfig) -> float:
         """What stays of the weight that tokens have for others: past the trained length `mass_decay` each 64 tokens."""
@@ -240,6 +278,7 @@ class Upkeep:
                 attention_logits(queries, held.keys, held.beta), attention_logits(after, moved.keys, held.beta)
             )
             moved = lightened(moved, lambda beta: beta - less)
+        part = part._replace(row=part.row._replace(moved=part.row.moved + shift))
         return part._replace(tokens=moved, memory=_moved_memory(stack, part.memory, shift, turns))
 
 

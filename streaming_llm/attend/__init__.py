@@ -1,0 +1,1 @@
+"""What a pass attends to beside what the layers hold."""

@@ -1,0 +1,315 @@
+"""The archive: every token that left the recent window, once, as it was; what recall reads.
+
+Tokens are numbered in the order in which they came to it, and number `n` of a row is in slot `n % slots` of the `Shelves`.
+Those are written once: what a snapshot knows never changes, because a new token goes to a slot that no snapshot in use
+counts among its own. What changes at a compaction (which token of the middle stands for an archived one, with what share of
+its mass) is in small tensors that each snapshot has for itself. Past `recall_tokens` the oldest leave; their mass stays in
+the middle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ..config import ADMSConfig
+from ..recall import is_original
+from ..rope import Rope
+from ..tokens import WeightedTokens
+from .codec import Codec
+from .shelves import OutOfRoom, Shelves
+
+_TINY = 1e-12
+# Most slots there are before the archive first grows.
+_FIRST_SLOTS = 1024
+# Where a head's basis is made anew from what it archived since: another topic or language has other directions.
+REFITS = (2048, 8192, 32768)
+# Of an archive's keys every so many are looked at for a basis: this many at most.
+_FITTED_KEYS = 2048
+
+logger = logging.getLogger("streaming_llm")
+
+
+class Stands(NamedTuple):
+    """Where a compaction left what it was given, `[rows, kv_heads, candidates]`.
+
+    Attributes:
+        parents: slot of the middle that each candidate is in now, int64; -1 for none.
+        before: attention mass of each candidate.
+    """
+
+    parents: torch.Tensor
+    before: torch.Tensor
+
+
+@dataclass
+class Links:
+    """What may change of archived tokens, tensors `[rows, kv_heads, slots]`, and what they are found by.
+
+    Attributes:
+        share: part of its representative's mass that is the token's own, in [0, 1].
+        representative: slot of the middle whose token stands for it; -1 for none.
+        open: whether the token may be recalled: it is there, and no token of the middle itself.
+        basis: directions of the head's unrotated keys, float32 `[rows, kv_heads, head_dim, rank]`.
+        mean: mean of these keys, float32 `[rows, kv_heads, 1, head_dim]`.
+        step: what a code's unit is worth, float32 `[rows, kv_heads, 1, rank]`; 1 where codes are floating.
+    """
+
+    share: torch.Tensor
+    representative: torch.Tensor
+    open: torch.Tensor
+    basis: torch.Tensor
+    mean: torch.Tensor
+    step: torch.Tensor
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Links:
+        """Each tensor replaced by `function(tensor)`."""
+        return Links(**{item.name: function(getattr(self, item.name)) for item in dataclasses.fields(self)})
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors by name."""
+        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+
+    def with_rows(self, index: torch.Tensor | None, links: Links) -> Links:
+        """These with the rows `index` as in `links`; None for all."""
+        if index is None:
+            return links
+        own = self.map(torch.clone)
+        for name, tensor in own.tensors().items():
+            tensor[index] = getattr(links, name)
+        return own
+
+
+class Found(NamedTuple):
+    """Archived tokens by slot, `[rows, kv_heads, n]`: `slots`, and whether each was really `picked`."""
+
+    slots: torch.Tensor
+    picked: torch.Tensor
+
+
+@dataclass
+class Archive:
+    """The archive of some layers of a stack.
+
+    Attributes:
+        config: the settings.
+        shelves: where the tokens are, shared with other snapshots.
+        links: what may change of them, this snapshot's own.
+        start: the first of the shelves' rows that is this archive's.
+    """
+
+    config: ADMSConfig
+    shelves: Shelves
+    links: Links
+    start: int = 0
+
+    @classmethod
+    def empty(cls, config: ADMSConfig, keys: torch.Tensor, values: torch.Tensor, layers: int) -> Archive:
+        """An archive with no slots, for heads like those of `keys` and `values [batch, kv_heads, tokens, dim]`."""
+        batch, heads, dim = keys.shape[0], keys.shape[1], keys.shape[3]
+        rows, rank, device = layers * batch, config.recall_rank, keys.device
+        codecs = (Codec(config.recall_bits, dim, keys.dtype), Codec(config.recall_bits, values.shape[3], values.dtype))
+        shelves = Shelves.empty(codecs, rank, config.recall_store, rows, batch, heads, 0, device)
+
+        def none(dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(rows, heads, 0, dtype=dtype, device=device)
+
+        links = Links(
+            # As coarse as the tokens are.
+            share=none(torch.float16 if config.recall_bits == 4 else torch.float32),
+            representative=none(torch.int16),
+            open=none(torch.bool),
+            basis=torch.zeros(rows, heads, dim, rank, device=device),
+            mean=torch.zeros(rows, heads, 1, dim, device=device),
+            step=torch.ones(rows, heads, 1, rank, device=device),
+        )
+        return cls(config, shelves, links)
+
+    # -- shape -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def rows(self) -> int:
+        """Rows of the tensors: layers times batch."""
+        return self.links.share.shape[0]
+
+    @property
+    def slots(self) -> int:
+        """Tokens there is room for."""
+        return self.shelves.slots
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of what was archived, `archive`, and of what it is found by, `index`; this archive's part of each."""
+        links = sum(tensor.numel() * tensor.element_size() for tensor in self.links.tensors().values())
+        part = self.rows / max(1, self.shelves.rows)
+        return {"archive": int(self.shelves.nbytes * part), "index": int(self.shelves.code_bytes * part) + links}
+
+    def part(self, start: int, stop: int) -> Archive:
+        """The rows from `start` to `stop`, of the same shelves."""
+        return dataclasses.replace(self, links=self.links.map(lambda tensor: tensor[start:stop]), start=self.start + start)
+
+    def select(self, index: torch.Tensor, batch: Sequence[int]) -> Archive:
+        """A copy with the rows `index` of the tensors, which are rows `batch` of a batch."""
+        at = index + self.start
+        return Archive(self.config, self.shelves.select(at, batch), self.links.map(lambda own: own.index_select(0, index)))
+
+    def to(self, device: torch.device) -> Archive:
+        """A copy on a device."""
+        at = torch.arange(self.start, self.start + self.rows)
+        return Archive(
+            self.config, self.shelves.select(at, None, device), self.links.map(lambda own: own.to(device, copy=True))
+        )
+
+    @classmethod
+    def join(cls, archives: Sequence[Archive]) -> Archive:
+        """Archives of equal shapes as one: of the same shelves where they are neighbours on them."""
+        first = archives[0]
+        links = Links(**{name: torch.cat([getattr(own.links, name) for own in archives]) for name in first.links.tensors()})
+        at = first.start
+        for own in archives:
+            if own.shelves is not first.shelves or own.start != at:
+                break
+            at += own.rows
+        else:
+            return Archive(first.config, first.shelves, links, first.start)
+        return Archive(first.config, Shelves.join([(own.shelves, own.start, own.rows) for own in archives]), links)
+
+    # -- another archive -------------------------------------------------------------------------------------------------
+
+    def with_room(self, archived: Sequence[int], new: int) -> Archive:
+        """The archive with free slots for `new` more tokens of each row, of which `archived` came so far.
+
+        Where the store can't grow, it stays as it is: the oldest make room then, and a line in the log says so.
+        """
+        cap = self.config.recall_tokens
+        # What the snapshot before this one counts among its own stays untouched.
+        held = min(max(archived, default=0), cap + 2 * self.config.compression_interval)
+        needed = held + new
+        if needed <= self.slots:
+            return self
+        spare = cap + 4 * self.config.compression_interval
+        slots = max(needed, min(max(_FIRST_SLOTS, 2 * self.slots), spare))
+        try:
+            shelves = self.shelves.grown(slots, archived, cap)
+        except OutOfRoom as error:
+            if self.slots < 4 * new:
+                raise
+            logger.error("recall_store=%r can't hold more than %d tokens a head: %s", self.config.recall_store, held, error)
+            return dataclasses.replace(self, config=dataclasses.replace(self.config, recall_tokens=self.slots - 2 * new))
+        sizes = {"share": 0, "representative": -1, "open": False}
+        grown = {
+            name: shelves.relaid(getattr(self.links, name), self.slots, archived, cap, fill) for name, fill in sizes.items()
+        }
+        if self.start or self.rows != self.shelves.rows:
+            shelves = shelves.select(torch.arange(self.start, self.start + self.rows), None)
+        return Archive(self.config, shelves, dataclasses.replace(self.links, **grown))
+
+    def compacted(
+        self,
+        index: torch.Tensor | None,
+        batch: Sequence[int],
+        archived: int,
+        moved: int,
+        held: WeightedTokens,
+        new: slice,
+        middle: WeightedTokens,
+        after: torch.Tensor,
+        stands: Stands,
+        old: int,
+        rope: Rope | None,
+    ) -> Links:
+        """Take in what left the recent window of equal rows at a compaction, and follow what stood for what.
+
+        Args:
+            index: the rows in the tensors, None for all; batch: their numbers in the batch.
+            archived: tokens of each row that were archived before.
+            moved: by how much positions were moved since the stream began.
+            held: all tokens before the compaction; `new`: those of them that are to be archived.
+            middle: the middle now; after: the attention mass of its tokens.
+            stands: what became of the candidates, of which the first `old` were the middle before.
+            rope: how keys turn with position.
+
+        Returns:
+            The links of these rows now. Only slots that no row uses were written.
+        """
+        rows = self.links if index is None else self.links.map(lambda own: own.index_select(0, index))
+        count, slots, cap = new.stop - new.start, self.slots, self.config.recall_tokens
+        tokens = held.map(lambda tensor: tensor[:, :, new])
+        share, representative = rows.share.float(), rows.representative.long()
+        known = representative >= 0
+        at = representative.clamp_min(0)
+        own = is_original(middle)
+        if middle.length:
+            share, representative = _followed(at, known, share, stands, after, own)
+        numbers = torch.arange(archived, archived + count, device=share.device) % slots
+        index_at = torch.arange(archived, archived + count) % slots
+        if count:
+            fresh = Stands(stands.parents[:, :, old : old + count], stands.before[:, :, old : old + count])
+            here = torch.arange(count, device=share.device).expand_as(fresh.parents)
+            ones = torch.ones_like(fresh.before)
+            first_share, first = ones * 0, here * 0 - 1
+            if middle.length:
+                first_share, first = _followed(here, ones > 0, ones, fresh, after, own)
+            share = share.index_copy(2, numbers, first_share)
+            representative = representative.index_copy(2, numbers, first)
+        there = torch.zeros(slots, dtype=torch.bool, device=share.device)
+        total = archived + count
+        there[torch.arange(max(0, total - cap), total, device=share.device) % slots] = True
+        itself = torch.zeros_like(known)
+        if middle.length:
+            itself = own.gather(2, representative.clamp_min(0)) & (representative >= 0)
+        basis, mean, step = rows.basis, rows.mean, rows.step
+        unrotated = tokens.keys.float()
+        if rope is not None and rope.rotates:
+            unrotated = rope.move(unrotated, tokens.pos, 0)
+        shelf = slice(self.start, self.start + self.rows) if index is None else index + self.start
+        if archived == 0:
+            every = held.keys.float() if rope is None or not rope.rotates else rope.move(held.keys.float(), held.pos, 0)
+            basis, mean, step = _fitted(every, self.config.recall_rank, self.shelves.floating)
+        codes = _coded(unrotated, basis, mean, step, self.shelves.floating)
+        self.shelves.write(shelf, batch, index_at, tokens, codes, moved)
+        return Links(
+            share=share.to(rows.share.dtype),
+            representative=representative.to(rows.representative.dtype),
+            open=there & ~itself,
+            basis=basis,
+            mean=mean,
+            step=step,
+        )
+
+
+def _followed(
+    at: torch.Tensor, known: torch.Tensor, share: torch.Tensor, stands: Stands, after: torch.Tensor, own: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shares and representatives of tokens that candidates `at [rows, kv_heads, n]` stood for with `share`."""
+    parents = stands.parents.gather(2, at)
+    known = known & (parents >= 0)
+    slot = parents.clamp_min(0)
+    share = (share * stands.before.gather(2, at) / after.gather(2, slot).clamp_min(_TINY)).clamp(0.0, 1.0)
+    # What is still held as it was stands for itself, whatever it draws.
+    share = torch.where(own.gather(2, slot), 1.0, share)
+    return torch.where(known, share, 0.0), torch.where(known, slot, -1)
+
+
+def _fitted(keys: torch.Tensor, rank: int, floating: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean and principal directions of unrotated keys `[rows, kv_heads, n, head_dim]`, and the step of their codes."""
+    keys = keys[:, :, :: -(-keys.shape[2] // _FITTED_KEYS)]
+    mean = keys.mean(2, keepdim=True)
+    centred = keys - mean
+    _, vectors = torch.linalg.eigh(centred.transpose(-1, -2) @ centred)
+    basis = vectors[..., -rank:].flip(-1)
+    step = torch.ones_like(basis[:, :, :1])
+    if not floating:
+        step = (centred @ basis).square().mean(2, keepdim=True).sqrt().clamp_min(_TINY) * (4 / 127)
+    return basis, mean, step
+
+
+def _coded(keys: torch.Tensor, basis: torch.Tensor, mean: torch.Tensor, step: torch.Tensor, floating: bool) -> torch.Tensor:
+    """Codes of unrotated keys, `[rows, kv_heads, n, rank]`."""
+    codes = (keys - mean) @ basis
+    return codes if floating else (codes / step).round().clamp(-127, 127)
