@@ -4,7 +4,10 @@ from .cache import ADMSKVCache
 from .compressors import register_compressor
 from .compressors.base import Compressor, Reference
 from .config import ADMSConfig
-from .enable import (
+from .data.tokens import WeightedTokens
+from .layer import ADMSLayer
+from .maths.importance import Queries
+from .model.enable import (
     SUPPORTED_MODEL_TYPES,
     disable_adms_llm,
     enable_adms_llm,
@@ -12,10 +15,7 @@ from .enable import (
     enable_adms_vq,
     enable_streaming_llm,
 )
-from .importance import Queries
-from .layer import ADMSLayer
 from .stream.passes import NonFiniteError
-from .tokens import WeightedTokens
 
 __version__ = "0.1.0"
 

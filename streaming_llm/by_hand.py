@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from .autograd import unrecorded
-from .calibration import CalibrationState
+from .compaction.calibration import CalibrationState
+from .compaction.controller import ControllerState
+from .compaction.originals import Originals
 from .config import REPLAY_BANK, ADMSConfig
-from .controller import ControllerState
+from .data.autograd import unrecorded
+from .data.state import HeadState
+from .data.tokens import WeightedTokens
 from .layer import ADMSLayer
-from .recall import Originals
-from .state import HeadState
-from .tokens import WeightedTokens
 
 
 @dataclass

@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
-from .autograd import unrecorded
 from .by_hand import ByHandMixin, HandState
-from .calibration import CalibrationMixin
+from .compaction.calibration import CalibrationMixin
+from .compaction.controller import ControllerMixin
+from .compaction.dual_fidelity import DualFidelityMixin
+from .compaction.replay import ReplayMixin
 from .config import ADMSConfig, layer_windows
-from .controller import ControllerMixin
-from .dual_fidelity import DualFidelityMixin
+from .data.autograd import unrecorded
+from .data.padding import Stretches, known_figures, mask_change, mask_figures, with_columns
+from .data.rope import Rope
 from .layer import ADMSLayer
-from .model_facts import UsedModel
-from .padding import Stretches, known_figures, mask_change, mask_figures, with_columns
-from .parallel import Ranks
-from .replay import ReplayMixin
-from .rope import Rope
+from .model.facts import UsedModel
+from .model.parallel import Ranks
 from .seen import SeenMixin, SeenTokens, ids_of
 from .session import SessionMixin
 from .stats import StatsMixin
@@ -103,7 +103,7 @@ class ADMSKVCache(
         self._config = config
         self.used_model: UsedModel | None = None
         self.ropes: tuple[tuple[Rope, ...] | None, str | None] = (None, None)
-        # Which columns of the masks were padding; see `padding.py`.
+        # Which columns of the masks were padding; see `data/padding.py`.
         self.padding: list[Stretches] = []
         self.stream.committed = self._committed
         self._length_override: int | None = None

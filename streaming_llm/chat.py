@@ -11,9 +11,9 @@ from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TemperatureLogitsWarper, TopPLogitsWarper
 
 from .cache import ADMSKVCache
+from .data.tokens import EXACT, PRECISION, RECENT, REPLAY, SINK, SKETCH, TIER_NAMES
 from .layer import ADMSLayer
-from .model_facts import cache_argument
-from .tokens import EXACT, PRECISION, RECENT, REPLAY, SINK, SKETCH, TIER_NAMES
+from .model.facts import cache_argument
 
 logger = logging.getLogger(__name__)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from .autograd import unrecorded
 from .compressors.base import Compressor
-from .rope import Rope
+from .data.autograd import unrecorded
+from .data.rope import Rope
+from .data.tokens import WeightedTokens
 from .stream.passes import StackPass
 from .stream.stream import Stream
-from .tokens import WeightedTokens
 
 
 class ADMSLayer(CacheLayerMixin):

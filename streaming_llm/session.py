@@ -24,13 +24,13 @@ from .by_hand import HandState
 from .compaction.counts import Counts
 from .compaction.memory import Memory
 from .config import ADMSConfig
+from .data.state import HeadState
+from .data.tokens import WeightedTokens
 from .layer import ADMSLayer
-from .model_facts import UsedModel, describe_model, differences, layer_devices, model_differences
+from .model.facts import UsedModel, describe_model, differences, layer_devices, model_differences
 from .seen import SeenTokens
-from .state import HeadState
 from .store.stack import Row, Stack
 from .stream.trading import joined
-from .tokens import WeightedTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,7 +115,7 @@ class SessionMixin:
             FileNotFoundError: no such file.
         """
         # Only here: enable.py knows the cache.
-        from .enable import check_model, make_cache, wire
+        from .model.enable import check_model, make_cache, wire
 
         if config is not None:
             ADMSConfig.check(config)

@@ -26,9 +26,9 @@ from streaming_llm.compressors import attention_matching, available_compressors,
 from streaming_llm.compressors.attention_matching import ridge_towards
 from streaming_llm.compressors.low_rank import LowRankCompressor
 from streaming_llm.compressors.vq import weighted_kmeans
+from streaming_llm.data.tokens import EXACT, PRECISION, UNUSED, concatenate, top_in_order
 from streaming_llm.evaluation.lone_layer import LoneLayer
-from streaming_llm.importance import attention_statistics
-from streaming_llm.tokens import EXACT, PRECISION, UNUSED, concatenate, top_in_order
+from streaming_llm.maths.importance import attention_statistics
 
 ALL = ("low_rank", "vq", "attention_matching")
 MERGING = ("low_rank", "attention_matching")

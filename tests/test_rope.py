@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from streaming_llm.rope import SUPPORTED_TYPES, Rope, check_rope, restore_frequencies, rope_layers
+from streaming_llm.data.rope import SUPPORTED_TYPES, Rope, check_rope, restore_frequencies, rope_layers
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 

@@ -10,7 +10,7 @@ from conftest import random_states
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streaming_llm.tokens import (
+from streaming_llm.data.tokens import (
     CHANGED,
     RECENT,
     TIER_NAMES,

@@ -12,17 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..budgets import Budget, middle_variance, share_budget
-from ..calibration import anchor_positions, calibrate, update_anchors
 from ..compressors.base import Compressor, Reference, check_made
 from ..config import REPLAY_BANK, ADMSConfig
-from ..controller import QUERY_STEP, attention_output, head_budgets, reconstruction_energy, update_controller
-from ..dual_fidelity import make_sketches, promote
-from ..importance import Queries, attention_logits, importance, spread_over_segments
-from ..recall import Originals, is_original
-from ..replay import replay, replay_count, spectral_energy
-from ..rope import Rope
-from ..tokens import (
+from ..data.rope import Rope
+from ..data.tokens import (
     EXACT,
     PRECISION,
     RECENT,
@@ -35,8 +28,15 @@ from ..tokens import (
     top_in_order,
     top_slots,
 )
+from ..maths.budgets import Budget, middle_variance, share_budget
+from ..maths.importance import Queries, attention_logits, importance, spread_over_segments
+from .calibration import anchor_positions, calibrate, update_anchors
+from .controller import QUERY_STEP, attention_output, head_budgets, reconstruction_energy, update_controller
 from .counts import Counts
+from .dual_fidelity import make_sketches, promote
 from .memory import Memory
+from .originals import Originals, is_original
+from .replay import replay, replay_count, spectral_energy
 
 # The controller measures each of a layer's first compactions, then one in so many.
 _MEASURED_FIRST, _MEASURED_EVERY = 8, 4

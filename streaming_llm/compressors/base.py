@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from ..importance import Queries, attention_logits, remember
-from ..tokens import WeightedTokens
+from ..data.tokens import WeightedTokens
+from ..maths.importance import Queries, attention_logits, remember
 
 if TYPE_CHECKING:
     from ..config import ADMSConfig

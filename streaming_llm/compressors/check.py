@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ..importance import Queries, attention_logits, attention_statistics
-from ..tokens import UNUSED, WeightedTokens
+from ..data.tokens import UNUSED, WeightedTokens
+from ..maths.importance import Queries, attention_logits, attention_statistics
 from .base import Compressor, Reference, check_made
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import functools
 
 import torch
 
-from ..tokens import WeightedTokens, gather_tokens, top_slots
+from ..data.tokens import WeightedTokens, gather_tokens, top_slots
 from .base import Compressor, Reference
 from .merge import keep_best
 

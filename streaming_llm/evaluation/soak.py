@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ..model_facts import cache_argument
+from ..model.facts import cache_argument
 from .cli import Parser, add_settings, cache_settings, check_least, check_plans, exit_code, parse_arguments
 from .errors import require
 from .long_stream import settled_resident

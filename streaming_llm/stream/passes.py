@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..importance import Queries
+from ..data.tokens import WeightedTokens, concatenate
+from ..maths.importance import Queries
 from ..store.stack import Row, Stack, true_first
-from ..tokens import WeightedTokens, concatenate
 from .upkeep import Upkeep
 
 

@@ -13,9 +13,9 @@ import torch
 
 from ..compressors import get_compressor
 from ..config import ADMSConfig
-from ..padding import MaskChange
-from ..parallel import Ranks
-from ..rope import Rope
+from ..data.padding import MaskChange
+from ..data.rope import Rope
+from ..model.parallel import Ranks
 from ..store.stack import Row, Stack
 from .passes import Arrival, NonFiniteError, StackPass
 from .positions import PositionWindow

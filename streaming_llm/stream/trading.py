@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..controller import layer_budgets
-from ..parallel import Ranks
+from ..compaction.controller import layer_budgets
+from ..model.parallel import Ranks
 from ..store.stack import Stack
 from .upkeep import Upkeep
 

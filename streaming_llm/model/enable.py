@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
+from ..cache import ADMSKVCache
+from ..config import MODULE_BUDGETS, ADMSConfig
+from ..data.rope import Rope, restore_frequencies, rope_layers
+from ..stream.positions import PositionWindow
 from .attention import BASES, SDPA_ITSELF, AttendedKeys, WiredConfig, register
-from .cache import ADMSKVCache
-from .config import MODULE_BUDGETS, ADMSConfig
-from .model_facts import cache_argument
+from .facts import cache_argument
 from .parallel import Ranks
-from .rope import Rope, restore_frequencies, rope_layers
-from .stream.positions import PositionWindow
 from .wrappers import find_decoder, open_model
 
 # Model types whose attention was tested with the cache (tests/test_families.py holds the list to its word).

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .config import layer_windows
+from ..config import layer_windows
 from .wrappers import find_decoder, open_model
 
 # What decides the shape of keys and values and what they mean.

@@ -20,9 +20,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from ..model.facts import cache_argument
+from ..model.wrappers import find_decoder
 from .autograd import autocast_dtype
-from .model_facts import cache_argument
-from .wrappers import find_decoder
 
 SUPPORTED_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional")
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .autograd import unrecorded
-from .tokens import WeightedTokens, top_slots
+from ..data.autograd import unrecorded
+from ..data.tokens import WeightedTokens, top_slots
 
 # Logits that exist at once: what a CPU's caches hold, what an accelerator can spare.
 _BLOCK_ELEMENTS = 1 << 25
