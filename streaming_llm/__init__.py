@@ -1,12 +1,13 @@
 """ADM++: a bounded, compressing KV cache for transformers."""
 
+from . import session  # noqa: F401  gives the cache `save` and `load`
 from .cache import ADMSKVCache
 from .compressors import register_compressor
 from .compressors.base import Compressor, Reference
 from .config import ADMSConfig
+from .data.queries import Queries
 from .data.tokens import WeightedTokens
 from .layer import ADMSLayer
-from .maths.importance import Queries
 from .model.enable import (
     SUPPORTED_MODEL_TYPES,
     disable_adms_llm,

@@ -14,11 +14,12 @@ import torch
 from .compaction.calibration import CalibrationState
 from .compaction.controller import ControllerState
 from .compaction.originals import Originals
-from .config import REPLAY_BANK, ADMSConfig
+from .config import ADMSConfig
 from .data.autograd import unrecorded
 from .data.state import HeadState
 from .data.tokens import WeightedTokens
 from .layer import ADMSLayer
+from .sizing import REPLAY_BANK
 
 
 @dataclass

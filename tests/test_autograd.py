@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from streaming_llm import ADMSConfig, ADMSKVCache, NonFiniteError, enable_adms_llm
 from streaming_llm.data.autograd import autocast_dtype, unrecorded
-from streaming_llm.data.rope import rope_layers
+from streaming_llm.model.rope_reading import rope_layers
 from streaming_llm.stream.positions import PositionWindow
 
 HALVES = [torch.float16, torch.bfloat16]

@@ -24,9 +24,9 @@ from streaming_llm.compaction.controller import (
     reconstruction_energy,
     update_controller,
 )
+from streaming_llm.data.queries import Queries
 from streaming_llm.data.tokens import WeightedTokens
 from streaming_llm.maths.budgets import middle_variance
-from streaming_llm.maths.importance import Queries
 
 SMALL = {
     "start_size": 2, "recent_size": 16, "compressed_budget": 12, "compression_interval": 8, "rank": 8,

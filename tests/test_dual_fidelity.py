@@ -20,9 +20,9 @@ from streaming_llm.compaction.dual_fidelity import (
     sketch_energies,
 )
 from streaming_llm.compaction.originals import Originals, is_original
+from streaming_llm.data.queries import Queries
 from streaming_llm.data.tokens import EXACT, PRECISION, SKETCH, UNUSED
 from streaming_llm.evaluation.lone_layer import LoneLayer
-from streaming_llm.maths.importance import Queries
 
 REDUCTIONS = ("mean", "sum", "first")
 

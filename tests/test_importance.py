@@ -10,10 +10,10 @@ from conftest import random_queries, random_states
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streaming_llm.data.queries import Queries
 from streaming_llm.data.tokens import WeightedTokens
 from streaming_llm.maths import importance as module
 from streaming_llm.maths.importance import (
-    Queries,
     attention_logits,
     attention_statistics,
     importance,

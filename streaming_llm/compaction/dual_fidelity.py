@@ -14,8 +14,9 @@ import torch
 from ..compressors.merge import features, squared_distance
 from ..config import SKETCH_REDUCTIONS
 from ..data.autograd import unrecorded
+from ..data.select import gather_tokens, top_in_order
 from ..data.state import HeadView
-from ..data.tokens import EXACT, SKETCH, UNUSED, WeightedTokens, concatenate, gather_tokens, top_in_order
+from ..data.tokens import EXACT, SKETCH, UNUSED, WeightedTokens, concatenate
 from .originals import Originals, spread_pick, stand_in_error, take_off
 
 _TINY = 1e-12

@@ -13,23 +13,14 @@ from dataclasses import dataclass
 import torch
 
 from ..compressors.base import Compressor, Reference, check_made
-from ..config import REPLAY_BANK, ADMSConfig
+from ..config import ADMSConfig
+from ..data.queries import Queries
 from ..data.rope import Rope
-from ..data.tokens import (
-    EXACT,
-    PRECISION,
-    RECENT,
-    SINK,
-    SKETCH,
-    WeightedTokens,
-    concatenate,
-    gather_tokens,
-    lightened,
-    top_in_order,
-    top_slots,
-)
+from ..data.select import gather_tokens, top_in_order, top_slots
+from ..data.tokens import EXACT, PRECISION, RECENT, SINK, SKETCH, WeightedTokens, concatenate, lightened
 from ..maths.budgets import Budget, middle_variance, share_budget
-from ..maths.importance import Queries, attention_logits, importance, spread_over_segments
+from ..maths.importance import attention_logits, importance, spread_over_segments
+from ..sizing import REPLAY_BANK
 from .calibration import anchor_positions, calibrate, update_anchors
 from .controller import QUERY_STEP, attention_output, head_budgets, reconstruction_energy, update_controller
 from .counts import Counts

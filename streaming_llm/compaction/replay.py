@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from ..compressors.low_rank import leading_subspace
-from ..config import REPLAY_BANK
 from ..data.autograd import unrecorded
+from ..data.select import top_slots
 from ..data.state import HeadState, HeadView
-from ..data.tokens import REPLAY, WeightedTokens, top_slots
+from ..data.tokens import REPLAY, WeightedTokens
+from ..sizing import REPLAY_BANK
 from .dual_fidelity import as_batch, as_positions, check_head
 from .originals import Originals, take_off
 

@@ -19,9 +19,9 @@ from ..compaction.counts import Counts
 from ..compaction.memory import Memory
 from ..config import ADMSConfig
 from ..data.padding import MaskChange
+from ..data.queries import Queries
 from ..data.rope import Rope
 from ..data.tokens import WeightedTokens
-from ..maths.importance import Queries
 
 
 def true_first(which: torch.Tensor) -> torch.Tensor:

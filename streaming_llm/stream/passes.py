@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..data.queries import Queries
 from ..data.tokens import WeightedTokens, concatenate
-from ..maths.importance import Queries
 from ..store.stack import Row, Stack, true_first
 from .upkeep import Upkeep
 

@@ -15,10 +15,10 @@ from ..compressors import get_compressor
 from ..config import ADMSConfig
 from ..data.padding import MaskChange
 from ..data.rope import Rope
-from ..model.parallel import Ranks
 from ..store.stack import Row, Stack
 from .passes import Arrival, NonFiniteError, StackPass
 from .positions import PositionWindow
+from .ranks import Ranks
 from .trading import FIRST_TRADE, next_trade, runs, traded
 from .upkeep import Upkeep
 

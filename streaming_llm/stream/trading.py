@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from ..compaction.controller import layer_budgets
-from ..model.parallel import Ranks
 from ..store.stack import Stack
+from .ranks import Ranks
 from .upkeep import Upkeep
 
 # Layers trade after so many compactions first, then after twice as many each time (much is still to be learnt), and at last

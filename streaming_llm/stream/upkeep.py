@@ -18,8 +18,9 @@ from ..compaction.originals import Originals
 from ..compaction.pipeline import Plan, compact
 from ..compressors.base import Compressor
 from ..config import ADMSConfig
+from ..data.queries import Queries
 from ..data.tokens import WeightedTokens, lightened
-from ..maths.importance import Queries, attention_logits, attention_statistics, less_drawn
+from ..maths.importance import attention_logits, attention_statistics, less_drawn
 from ..store.stack import Part, Row, Stack
 
 # Of a prefill's queries before its last window, every fourth is scored: nearly as telling, at a quarter of the cost.
