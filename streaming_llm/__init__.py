@@ -1,10 +1,14 @@
 """ADM++: a bounded, compressing KV cache for transformers."""
 
+from . import session  # noqa: F401  gives the cache `save` and `load`
 from .cache import ADMSKVCache
 from .compressors import register_compressor
 from .compressors.base import Compressor, Reference
 from .config import ADMSConfig
-from .enable import (
+from .data.queries import Queries
+from .data.tokens import WeightedTokens
+from .layer import ADMSLayer
+from .model.enable import (
     SUPPORTED_MODEL_TYPES,
     disable_adms_llm,
     enable_adms_llm,
@@ -12,10 +16,7 @@ from .enable import (
     enable_adms_vq,
     enable_streaming_llm,
 )
-from .importance import Queries
-from .layer import ADMSLayer
 from .stream.passes import NonFiniteError
-from .tokens import WeightedTokens
 
 __version__ = "0.1.0"
 

@@ -15,8 +15,9 @@ from .cache import ADMSKVCache
 from .compressors import register_compressor
 from .compressors.base import Compressor, Reference, reference_probabilities
 from .config import ADMSConfig
-from .enable import enable_adms_llm, enable_streaming_llm
-from .tokens import WeightedTokens, top_in_order
+from .data.select import top_in_order
+from .data.tokens import WeightedTokens
+from .model.enable import enable_adms_llm, enable_streaming_llm
 
 
 class Eviction(Compressor):

@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from .autograd import unrecorded
-from .calibration import CalibrationState
-from .config import REPLAY_BANK, ADMSConfig
-from .controller import ControllerState
+from .compaction.calibration import CalibrationState
+from .compaction.controller import ControllerState
+from .compaction.originals import Originals
+from .config import ADMSConfig
+from .data.autograd import unrecorded
+from .data.state import HeadState
+from .data.tokens import WeightedTokens
 from .layer import ADMSLayer
-from .recall import Originals
-from .state import HeadState
-from .tokens import WeightedTokens
+from .sizing import REPLAY_BANK
 
 
 @dataclass

@@ -12,23 +12,22 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
-from .autograd import unrecorded
 from .by_hand import ByHandMixin, HandState
-from .calibration import CalibrationMixin
-from .config import ADMSConfig, layer_windows
-from .controller import ControllerMixin
-from .dual_fidelity import DualFidelityMixin
+from .compaction.calibration import CalibrationMixin
+from .compaction.controller import ControllerMixin
+from .compaction.dual_fidelity import DualFidelityMixin
+from .compaction.replay import ReplayMixin
+from .config import ADMSConfig
+from .data.autograd import unrecorded
+from .data.padding import Stretches, known_figures, mask_change, mask_figures, with_columns
+from .data.rope import Rope
 from .layer import ADMSLayer
-from .model_facts import UsedModel
-from .padding import Stretches, known_figures, mask_change, mask_figures, with_columns
-from .parallel import Ranks
-from .replay import ReplayMixin
-from .rope import Rope
 from .seen import SeenMixin, SeenTokens, ids_of
-from .session import SessionMixin
+from .sizing import layer_windows
 from .stats import StatsMixin
 from .stream.passes import Arrival
 from .stream.positions import PositionWindow
+from .stream.ranks import Ranks
 from .stream.stream import Pass, Stream
 
 logger = logging.getLogger(__name__)
@@ -57,7 +56,6 @@ class ADMSKVCache(
     ControllerMixin,
     ByHandMixin,
     StatsMixin,
-    SessionMixin,
     SeenMixin,
     Cache,
 ):
@@ -101,9 +99,10 @@ class ADMSKVCache(
                 layers.append(self._sliding(width, rope) if width else ADMSLayer(self.stream, number, rope))
         super().__init__(layers=layers)
         self._config = config
-        self.used_model: UsedModel | None = None
+        # The model it is used with, as `model/facts.py` holds it: a file is known by it.
+        self.used_model: Any = None
         self.ropes: tuple[tuple[Rope, ...] | None, str | None] = (None, None)
-        # Which columns of the masks were padding; see `padding.py`.
+        # Which columns of the masks were padding; see `data/padding.py`.
         self.padding: list[Stretches] = []
         self.stream.committed = self._committed
         self._length_override: int | None = None
@@ -214,11 +213,6 @@ class ADMSKVCache(
         self._hand, self._hand_counts, self._variances = {}, {}, {}
         self._length_override = None
         self.padding, self.seen_tokens = [], SeenTokens()
-
-    def use_with(self, model: torch.nn.Module) -> None:
-        """Take note of the model the cache is used with; see `save`."""
-        if self.used_model is None or not self.used_model.is_(model):
-            self.used_model = UsedModel(model)
 
     # -- around a forward pass (called by the hooks enable_adms_llm registers) --------------------------------------------
 

@@ -6,12 +6,12 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from .attend.recall import Recalled
-from .autograd import unrecorded
 from .compressors.base import Compressor
-from .rope import Rope
+from .data.autograd import unrecorded
+from .data.rope import Rope
+from .data.tokens import WeightedTokens
 from .stream.passes import StackPass
 from .stream.stream import Stream
-from .tokens import WeightedTokens
 
 
 class ADMSLayer(CacheLayerMixin):

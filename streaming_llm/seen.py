@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from .autograd import unrecorded
+from .data.autograd import unrecorded
 
 logger = logging.getLogger("streaming_llm")
 
-# In place of an id: padding (as `padding.py` records it), and tokens that came as embeddings (equal to any).
+# In place of an id: padding (as `data/padding.py` records it), and tokens that came as embeddings (equal to any).
 NO_TOKEN, UNKNOWN = -1, -2
 # Passes whose ids may wait on the device; one that has as many tokens does not wait.
 WAITING = 64

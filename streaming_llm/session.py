@@ -14,28 +14,26 @@ import json
 import os
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
 
 from .by_hand import HandState
+from .cache import ADMSKVCache
 from .compaction.counts import Counts
 from .compaction.memory import Memory
 from .config import ADMSConfig
+from .data.state import HeadState
+from .data.tokens import WeightedTokens
 from .layer import ADMSLayer
-from .model_facts import UsedModel, describe_model, differences, layer_devices, model_differences
+from .model.enable import check_model, make_cache, wire
+from .model.facts import describe_model, differences, layer_devices, model_differences
 from .seen import SeenTokens
-from .state import HeadState
 from .store.stack import Row, Stack
 from .stream.trading import joined
-from .tokens import WeightedTokens
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from .cache import ADMSKVCache
 
 FORMAT, VERSION = "adms-session", "3"
 
@@ -49,89 +47,85 @@ _TOLD_ANEW = ("config", "rope")
 _SLIDING = ("cumulative_length", "record_past")
 
 
-class SessionMixin:
-    """`save` and `load` of the cache."""
+def save(cache: ADMSKVCache, path: str | os.PathLike) -> None:
+    """Write the conversation to a file: everything the cache holds, its settings, and what tells its model as it is now.
 
-    used_model: UsedModel | None
+    Written aside in the same folder and put in place at the end: a file that was there stays as it was until then, and
+    where saving fails.
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the conversation to a file: everything the cache holds, its settings, and what tells its model as it is now.
+    Args:
+        path: where to; its folder must exist.
 
-        Written aside in the same folder and put in place at the end: a file that was there stays as it was until then, and
-        where saving fails.
+    Raises:
+        ValueError: a cache that `enable_adms_llm` did not make, or a path that can't be.
+        RuntimeError: in the middle of a forward pass.
+        OSError: the file can't be written.
+    """
+    target = _checked_path(path)
+    if target.exists() and not target.is_file():
+        raise ValueError(f"path={str(path)!r} must be a file, or nothing yet")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"path={str(path)!r}: there is no folder {str(target.parent)!r}")
+    if not cache.wired or cache.used_model is None:
+        raise ValueError("the cache can't be saved: it knows of no model. Only one that enable_adms_llm made can be")
+    cache._settle()
+    stream = cache.stream
+    if stream.open is not None:
+        raise RuntimeError("the cache can't be saved in the middle of a forward pass")
+    tensors: dict[str, torch.Tensor] = {}
+    sliding = {i: layer for i, layer in enumerate(cache.layers) if not isinstance(layer, ADMSLayer)}
+    session = json.dumps(
+        {
+            "model": cache.used_model.describe(),
+            "settings": cache.config.to_dict(),
+            "positions": {"offsets": cache.window.offsets, "following": cache.window.following},
+            "cache": {name: _encode(getattr(cache, name), f"cache.{name}", tensors) for name in _KEPT},
+            "layers": len(cache.layers),
+            "stream": {name: _encode(getattr(stream, name), f"stream.{name}", tensors) for name in _STREAM_KEPT},
+            "fallbacks": _encode(stream.compressor.fallbacks, "fallbacks", tensors),
+            "stacks": [_encode_stack(stack, f"stacks.{i}", tensors) for i, stack in enumerate(stream.stacks)],
+            "sliding": {i: _encode_sliding(layer, f"sliding.{i}", tensors) for i, layer in sliding.items()},
+        }
+    )
+    metadata = {"format": FORMAT, "version": VERSION, "session": session, "checksum": _checksum(session, tensors)}
+    _write(target, safetensors.torch.save(tensors, metadata))
 
-        Args:
-            path: where to; its folder must exist.
 
-        Raises:
-            ValueError: a cache that `enable_adms_llm` did not make, or a path that can't be.
-            RuntimeError: in the middle of a forward pass.
-            OSError: the file can't be written.
-        """
-        target = _checked_path(path)
-        if target.exists() and not target.is_file():
-            raise ValueError(f"path={str(path)!r} must be a file, or nothing yet")
-        if not target.parent.is_dir():
-            raise FileNotFoundError(f"path={str(path)!r}: there is no folder {str(target.parent)!r}")
-        if not self.wired or self.used_model is None:
-            raise ValueError("the cache can't be saved: it knows of no model. Only one that enable_adms_llm made can be")
-        self._settle()
-        stream = self.stream
-        if stream.open is not None:
-            raise RuntimeError("the cache can't be saved in the middle of a forward pass")
-        tensors: dict[str, torch.Tensor] = {}
-        sliding = {i: layer for i, layer in enumerate(self.layers) if not isinstance(layer, ADMSLayer)}
-        session = json.dumps(
-            {
-                "model": self.used_model.describe(),
-                "settings": self.config.to_dict(),
-                "positions": {"offsets": self.window.offsets, "following": self.window.following},
-                "cache": {name: _encode(getattr(self, name), f"cache.{name}", tensors) for name in _KEPT},
-                "layers": len(self.layers),
-                "stream": {name: _encode(getattr(stream, name), f"stream.{name}", tensors) for name in _STREAM_KEPT},
-                "fallbacks": _encode(stream.compressor.fallbacks, "fallbacks", tensors),
-                "stacks": [_encode_stack(stack, f"stacks.{i}", tensors) for i, stack in enumerate(stream.stacks)],
-                "sliding": {i: _encode_sliding(layer, f"sliding.{i}", tensors) for i, layer in sliding.items()},
-            }
-        )
-        metadata = {"format": FORMAT, "version": VERSION, "session": session, "checksum": _checksum(session, tensors)}
-        _write(target, safetensors.torch.save(tensors, metadata))
+def load(path: str | os.PathLike, model: PreTrainedModel, config: ADMSConfig | None = None) -> ADMSKVCache:
+    """The cache in a file that `save` wrote, and the model wired for it as `enable_adms_llm` does.
 
-    @staticmethod
-    def load(path: str | os.PathLike, model: PreTrainedModel, config: ADMSConfig | None = None) -> ADMSKVCache:
-        """The cache in a file that `save` wrote, and the model wired for it as `enable_adms_llm` does.
+    Logits go on as they would have in the process that saved it, to the bit on the same device, versions and attention
+    implementation. Each layer's tensors go to the device where the model has that layer.
 
-        Logits go on as they would have in the process that saved it, to the bit on the same device, versions and attention
-        implementation. Each layer's tensors go to the device where the model has that layer.
+    Args:
+        path: the file.
+        model: the model the conversation was held with, the same weights in the same dtype.
+        config: the settings the file must have been saved with; None to take the file's.
 
-        Args:
-            path: the file.
-            model: the model the conversation was held with, the same weights in the same dtype.
-            config: the settings the file must have been saved with; None to take the file's.
+    Raises:
+        ValueError: a file that is damaged, of another version or of another model, or other settings (what differs is
+            named); or a model that can't be enabled. Nothing has changed.
+        FileNotFoundError: no such file.
+    """
+    if config is not None:
+        ADMSConfig.check(config)
+    saved, tensors = _read(_checked_path(path))
+    model = check_model(model)
+    differing = model_differences(saved["model"], describe_model(model))
+    if differing:
+        raise ValueError(f"path={str(path)!r} was saved from another model: {differing}")
+    cache = make_cache(model, config or ADMSConfig.from_dict(saved["settings"]))
+    differing = differences(saved["settings"], cache.config.to_dict())
+    if differing:
+        raise ValueError(f"path={str(path)!r} was saved with other settings: {differing}")
+    with torch.inference_mode(False), torch.no_grad():
+        _restore(cache, saved, tensors, layer_devices(model))
+    wire(model, cache)
+    return cache
 
-        Raises:
-            ValueError: a file that is damaged, of another version or of another model, or other settings (what differs is
-                named); or a model that can't be enabled. Nothing has changed.
-            FileNotFoundError: no such file.
-        """
-        # Only here: enable.py knows the cache.
-        from .enable import check_model, make_cache, wire
 
-        if config is not None:
-            ADMSConfig.check(config)
-        saved, tensors = _read(_checked_path(path))
-        model = check_model(model)
-        differing = model_differences(saved["model"], describe_model(model))
-        if differing:
-            raise ValueError(f"path={str(path)!r} was saved from another model: {differing}")
-        cache = make_cache(model, config or ADMSConfig.from_dict(saved["settings"]))
-        differing = differences(saved["settings"], cache.config.to_dict())
-        if differing:
-            raise ValueError(f"path={str(path)!r} was saved with other settings: {differing}")
-        with torch.inference_mode(False), torch.no_grad():
-            _restore(cache, saved, tensors, layer_devices(model))
-        wire(model, cache)
-        return cache
+# The cache has both as methods. They stand above it, since a file is loaded for a model, which is wired for it.
+ADMSKVCache.save, ADMSKVCache.load = save, staticmethod(load)
 
 
 def _checked_path(path: str | os.PathLike) -> Path:

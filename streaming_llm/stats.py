@@ -76,3 +76,12 @@ class StatsMixin:
             *lines,
             f"[ADMS Cache @ {at}] Actual size: {size}, Expected max: {most}, Ratio: {size / max(1, at):.2%}",
         ]
+
+
+def format_bytes(size: int) -> str:
+    """A size with the binary unit that keeps it readable: 45.4 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

@@ -15,7 +15,7 @@ from plain import CHANGED, PlainCache, PlainHead, PlainLayer, best, dot, importa
 from streaming_llm import ADMSConfig
 
 # What the description gives numbers for: `dual_fidelity._FAINT`, `_MOST_LOG_GAIN`, `pipeline._QUERY_STEP`,
-# `_RETURNED_SHARE`, `recall._LEAST_REST`, `config.REPLAY_BANK`, `replay.SPECTRAL_RANK`, `low_rank._ITERATIONS`.
+# `_RETURNED_SHARE`, `originals._LEAST_REST`, `sizing.REPLAY_BANK`, `replay.SPECTRAL_RANK`, `low_rank._ITERATIONS`.
 FAINT, MOST_LOG_GAIN, SKETCH_QUERY_STEP, RETURNED_SHARE = 0.1, 1.0, 8, 0.125
 LEAST_REST, REPLAY_BANK, SPECTRAL_RANK, ITERATIONS = 0.5, 4, 8, 2
 # `calibration.MIN_ANCHORS` and `BLEND`; what a key moves at least (`pipeline._Compaction._placed`).

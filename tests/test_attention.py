@@ -8,8 +8,9 @@ from conftest import make_tiny_llama, random_queries, random_states, stream, tok
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from streaming_llm import ADMSConfig, ADMSLayer, NonFiniteError, attention, disable_adms_llm, enable_adms_llm
+from streaming_llm import ADMSConfig, ADMSLayer, NonFiniteError, disable_adms_llm, enable_adms_llm
 from streaming_llm.evaluation.lone_layer import LoneLayer
+from streaming_llm.model import attention
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 SMALL = {"start_size": 2, "recent_size": 16, "compressed_budget": 12, "compression_interval": 8, "rank": 8}

@@ -13,8 +13,8 @@ from test_runtime import ADAPTIVE, BASE, PLUS, PLUS_PER_LAYER, SMALL, VQ, Broken
 from transformers import DynamicCache
 
 from streaming_llm import ADMSConfig, ADMSKVCache, NonFiniteError, enable_adms_llm
-from streaming_llm.autograd import autocast_dtype, unrecorded
-from streaming_llm.rope import rope_layers
+from streaming_llm.data.autograd import autocast_dtype, unrecorded
+from streaming_llm.model.rope_reading import rope_layers
 from streaming_llm.stream.positions import PositionWindow
 
 HALVES = [torch.float16, torch.bfloat16]

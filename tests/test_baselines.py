@@ -8,8 +8,8 @@ from conftest import make_tiny_llama, random_queries, random_states, stream, tok
 
 from streaming_llm import ADMSConfig, enable_streaming_llm
 from streaming_llm.baselines import BASELINES, enable_baseline
+from streaming_llm.data.tokens import SINK
 from streaming_llm.evaluation.lone_layer import LoneLayer
-from streaming_llm.tokens import SINK
 
 MODEL = make_tiny_llama()
 EQUAL = {"start_size": 2, "recent_size": 12, "compressed_budget": 10, "compression_interval": 6, "attention_window": 8}

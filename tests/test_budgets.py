@@ -8,7 +8,7 @@ from conftest import random_states
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streaming_llm.budgets import middle_variance, share_budget
+from streaming_llm.maths.budgets import middle_variance, share_budget
 
 
 @given(

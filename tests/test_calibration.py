@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaming_llm import ADMSConfig
-from streaming_llm.calibration import (
+from streaming_llm.compaction.calibration import (
     CalibrationMixin,
     CalibrationState,
     anchor_positions,
@@ -19,7 +19,7 @@ from streaming_llm.calibration import (
     fit_positions,
     update_anchors,
 )
-from streaming_llm.state import HeadState, HeadView
+from streaming_llm.data.state import HeadState, HeadView
 
 
 class HandCache(CalibrationMixin):

@@ -9,7 +9,7 @@ from conftest import token_ids
 from test_families import LLAMA_LIKE
 
 from streaming_llm import disable_adms_llm, enable_adms_llm
-from streaming_llm.enable import is_enabled
+from streaming_llm.model.enable import is_enabled
 
 SMALL = {"start_size": 2, "recent_size": 16, "compressed_budget": 12, "compression_interval": 8, "rank": 8}
 PART = 127  # the token in whose place a part of the image or of the sound comes

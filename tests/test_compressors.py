@@ -18,17 +18,18 @@ from streaming_llm import (
     Queries,
     Reference,
     WeightedTokens,
-    compressors,
     enable_adms_llm,
     register_compressor,
+    registry,
 )
 from streaming_llm.compressors import attention_matching, available_compressors, check_compressor, get_compressor
 from streaming_llm.compressors.attention_matching import ridge_towards
 from streaming_llm.compressors.low_rank import LowRankCompressor
 from streaming_llm.compressors.vq import weighted_kmeans
+from streaming_llm.data.select import top_in_order
+from streaming_llm.data.tokens import EXACT, PRECISION, UNUSED, concatenate
 from streaming_llm.evaluation.lone_layer import LoneLayer
-from streaming_llm.importance import attention_statistics
-from streaming_llm.tokens import EXACT, PRECISION, UNUSED, concatenate, top_in_order
+from streaming_llm.maths.importance import attention_statistics
 
 ALL = ("low_rank", "vq", "attention_matching")
 MERGING = ("low_rank", "attention_matching")
@@ -470,11 +471,12 @@ class NewestFirst(Compressor):
 
 
 @pytest.fixture
-def registered(monkeypatch):
-    monkeypatch.setattr(compressors, "_REGISTRY", dict(compressors._REGISTRY))
-    available_compressors()
+def registered():
+    before = dict(registry.COMPRESSORS)
     register_compressor("newest", NewestFirst)
-    return "newest"
+    yield "newest"
+    registry.COMPRESSORS.clear()
+    registry.COMPRESSORS.update(before)
 
 
 def test_a_users_own_compressor_is_one_class_and_one_call(registered):

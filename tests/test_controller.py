@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from streaming_llm import ADMSConfig, ADMSKVCache, enable_adms_llm
-from streaming_llm.budgets import middle_variance
-from streaming_llm.controller import (
+from streaming_llm.compaction.controller import (
     EXPONENT,
     GRAIN,
     ControllerState,
@@ -25,8 +24,9 @@ from streaming_llm.controller import (
     reconstruction_energy,
     update_controller,
 )
-from streaming_llm.importance import Queries
-from streaming_llm.tokens import WeightedTokens
+from streaming_llm.data.queries import Queries
+from streaming_llm.data.tokens import WeightedTokens
+from streaming_llm.maths.budgets import middle_variance
 
 SMALL = {
     "start_size": 2, "recent_size": 16, "compressed_budget": 12, "compression_interval": 8, "rank": 8,

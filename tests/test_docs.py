@@ -20,9 +20,9 @@ from test_composite import composite_types
 from test_families import VARIANTS
 
 import streaming_llm
-from streaming_llm import SUPPORTED_MODEL_TYPES, ADMSConfig, compressors
-from streaming_llm.config import BOOKKEEPING_BYTES, ORIGINAL_BYTES
+from streaming_llm import SUPPORTED_MODEL_TYPES, ADMSConfig, compressors, registry
 from streaming_llm.evaluation import ablation, cli, long_stream, passkey, plan_methods, resolve_settings, soak
+from streaming_llm.sizing import BOOKKEEPING_BYTES, ORIGINAL_BYTES
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "QUICKSTART.md", "ADM_PLUS_PLUS_IMPLEMENTATION.md")
@@ -243,7 +243,7 @@ def run_snippets(tiny_model_folder, tmp_path_factory):
     yield run
     for name in compressors.available_compressors():
         if not compressors.get_compressor(name).__module__.startswith("streaming_llm."):  # registered by a snippet
-            del compressors._REGISTRY[name]
+            del registry.COMPRESSORS[name]
 
 
 def test_the_readme_runs(run_snippets):

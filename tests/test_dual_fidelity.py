@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaming_llm import ADMSConfig, ADMSKVCache, WeightedTokens
-from streaming_llm.dual_fidelity import (
+from streaming_llm.compaction.dual_fidelity import (
     make_sketches,
     promote,
     reduce_tokens,
@@ -19,10 +19,10 @@ from streaming_llm.dual_fidelity import (
     similar_clusters,
     sketch_energies,
 )
+from streaming_llm.compaction.originals import Originals, is_original
+from streaming_llm.data.queries import Queries
+from streaming_llm.data.tokens import EXACT, PRECISION, SKETCH, UNUSED
 from streaming_llm.evaluation.lone_layer import LoneLayer
-from streaming_llm.importance import Queries
-from streaming_llm.recall import Originals, is_original
-from streaming_llm.tokens import EXACT, PRECISION, SKETCH, UNUSED
 
 REDUCTIONS = ("mean", "sum", "first")
 

@@ -23,9 +23,9 @@ from streaming_llm import (
     enable_adms_vq,
     enable_streaming_llm,
 )
-from streaming_llm import enable as wiring
-from streaming_llm.attention import WiredConfig
-from streaming_llm.enable import is_enabled
+from streaming_llm.model import enable as wiring
+from streaming_llm.model.attention import WiredConfig
+from streaming_llm.model.enable import is_enabled
 
 SMALL = {"start_size": 2, "recent_size": 16, "compressed_budget": 12, "compression_interval": 8, "rank": 8}
 

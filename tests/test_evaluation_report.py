@@ -9,6 +9,7 @@ import pytest
 
 from streaming_llm.evaluation import report
 from streaming_llm.evaluation.streaming import Curve, MethodResult, Timing
+from streaming_llm.stats import format_bytes
 
 
 def result(method: str, **changes) -> MethodResult:
@@ -146,4 +147,4 @@ def test_an_output_directory_is_made_or_refused_before_the_run(tmp_path):
     ("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (47185920, "45.0 MiB"), (2**41, "2048.0 GiB")]
 )
 def test_sizes_are_readable(size, text):
-    assert report.format_bytes(size) == text
+    assert format_bytes(size) == text

@@ -10,9 +10,10 @@ from conftest import random_queries, random_states
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streaming_llm import importance as module
-from streaming_llm.importance import (
-    Queries,
+from streaming_llm.data.queries import Queries
+from streaming_llm.data.tokens import WeightedTokens
+from streaming_llm.maths import importance as module
+from streaming_llm.maths.importance import (
     attention_logits,
     attention_statistics,
     importance,
@@ -20,7 +21,6 @@ from streaming_llm.importance import (
     remember,
     spread_over_segments,
 )
-from streaming_llm.tokens import WeightedTokens
 
 
 def make(tokens: int, batch: int = 1, heads: int = 2, dim: int = 8, seed: int = 0) -> WeightedTokens:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from streaming_llm import ADMSConfig, NonFiniteError, WeightedTokens
 from streaming_llm.compressors import attention_matching
+from streaming_llm.data.tokens import EXACT, PRECISION, RECENT, SINK
 from streaming_llm.evaluation.lone_layer import LoneLayer
 from streaming_llm.stream import upkeep
-from streaming_llm.tokens import EXACT, PRECISION, RECENT, SINK
 
 ALL = ("low_rank", "vq", "attention_matching")
 DIM, HEADS, GROUPS = 8, 2, 2

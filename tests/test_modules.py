@@ -15,7 +15,7 @@ from test_controller import MODEL, deep_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from streaming_llm import ADMSConfig, NonFiniteError, enable_adms_llm
-from streaming_llm.tokens import EXACT, RECENT, REPLAY, SINK
+from streaming_llm.data.tokens import EXACT, RECENT, REPLAY, SINK
 
 SIZES = {
     "start_size": 2, "recent_size": 16, "compressed_budget": 12, "compression_interval": 8, "rank": 8,

@@ -13,8 +13,8 @@ from test_families import make
 from transformers import DynamicCache, StoppingCriteria
 
 from streaming_llm import ADMSConfig, ADMSKVCache, ADMSLayer, enable_adms_llm
+from streaming_llm.data.padding import known_figures, mask_figures, with_columns
 from streaming_llm.evaluation.soak import tiny_model
-from streaming_llm.padding import known_figures, mask_figures, with_columns
 
 SMALL = {
     "start_size": 2, "recent_size": 16, "compressed_budget": 12, "compression_interval": 24, "rank": 8,

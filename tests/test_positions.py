@@ -12,11 +12,11 @@ from test_rows import SMALL, left_padded, run_padded
 from transformers import DynamicCache
 
 from streaming_llm import ADMSConfig, enable_adms_llm, enable_streaming_llm
+from streaming_llm.data.tokens import CHANGED
 from streaming_llm.evaluation.lone_layer import LoneLayer
-from streaming_llm.importance import attention_logits
+from streaming_llm.maths.importance import attention_logits
 from streaming_llm.stream.passes import Arrival
 from streaming_llm.stream.positions import PositionWindow
-from streaming_llm.tokens import CHANGED
 
 WINDOW = 96
 

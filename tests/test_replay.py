@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from streaming_llm import ADMSConfig, ADMSKVCache, ADMSLayer, WeightedTokens, enable_adms_llm
 from streaming_llm.compaction import pipeline
-from streaming_llm.controller import attention_output
+from streaming_llm.compaction.controller import attention_output
+from streaming_llm.compaction.originals import Originals
+from streaming_llm.compaction.replay import leading_energy, replay, replay_count, spectral_energy
+from streaming_llm.data.tokens import EXACT, PRECISION, REPLAY, concatenate
 from streaming_llm.evaluation.lone_layer import LoneLayer
-from streaming_llm.recall import Originals
-from streaming_llm.replay import leading_energy, replay, replay_count, spectral_energy
-from streaming_llm.tokens import EXACT, PRECISION, REPLAY, concatenate
 
 
 def by_hand(**chosen) -> ADMSKVCache:

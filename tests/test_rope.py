@@ -15,7 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from streaming_llm.rope import SUPPORTED_TYPES, Rope, check_rope, restore_frequencies, rope_layers
+from streaming_llm.data.rope import Rope
+from streaming_llm.model.rope_reading import (
+    SUPPORTED_TYPES,
+    check_rope,
+    read_rotary,
+    restore_frequencies,
+    rope_at_length,
+    rope_layers,
+    rope_of_layer,
+)
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
@@ -130,7 +139,7 @@ def shared_model(name):
 
 @cache
 def shared_rope(name):
-    return Rope.from_model(shared_model(name))
+    return rope_of_layer(shared_model(name))
 
 
 def own_rotate(model, x, position_ids, layer_type=None):
@@ -252,7 +261,7 @@ def test_layers_without_rope_are_found(name):
     x = random_keys(1, 2, 4, 16)
     for rope in ropes:
         if not rope.rotates:
-            assert rope.rope_type == "none" and rope == Rope.none() and rope.for_length(10**6) is rope
+            assert rope.rope_type == "none" and rope == Rope.none() and rope_at_length(rope, 10**6) is rope
             for same in (rope.rotate(x, 9), rope.unrotate(x, 9), rope.move(x, 3, 9), rope.shift(x, 9)):
                 assert torch.equal(same, x)
 
@@ -272,12 +281,12 @@ def test_gemma3_local_and_global_layers_have_their_own_frequencies():
     for rope, near, far in zip(ropes, stored_keys(model, 3), stored_keys(model, 90), strict=True):
         assert_within(rope.move(near, 3, 90), far, 2e-5)
     with pytest.raises(ValueError, match="layer_idx=None.*layers of this model differ"):
-        Rope.from_model(model)
-    assert Rope.from_model(model, 5) == ropes[5]
+        rope_of_layer(model)
+    assert rope_of_layer(model, 5) == ropes[5]
     with pytest.raises(ValueError, match="layer_idx=7: allowed are 0 to 6"):
-        Rope.from_model(model, 7)
+        rope_of_layer(model, 7)
     with pytest.raises(ValueError, match="layer_type='no_such'.*full_attention, sliding_attention"):
-        Rope.from_rotary_module(model.model.rotary_emb, layer_type="no_such")
+        read_rotary(model.model.rotary_emb, layer_type="no_such")
 
 
 @pytest.mark.parametrize("layer_type, index", [("sliding_attention", 0), ("full_attention", 5)])
@@ -296,7 +305,7 @@ def test_types_that_depend_on_length_are_handled_for_each_layer_type(rope_type, 
             restore_frequencies(model)
         positions = torch.arange(length)[None]
         theirs = own_rotate(model, x[:, :, :length], positions, layer_type)
-        assert_within(ropes[index].for_length(length).rotate(x[:, :, :length], positions[:, None]), theirs, FP32)
+        assert_within(rope_at_length(ropes[index], length).rotate(x[:, :, :length], positions[:, None]), theirs, FP32)
     assert rope_layers(model) == ropes
 
 
@@ -314,17 +323,17 @@ def test_frequencies_are_the_models_own_up_to_stable_length_and_change_past_it(n
     past = rope.stable_length + 2  # dynamic: + 1 is the trained length, which only a module that never saw more keeps
     assert error(rope, past) > 1e-3
     for length in (past, 300, 400):
-        assert error(rope.for_length(length), length) < 1e-5
-    assert rope.for_length(rope.stable_length) is rope
+        assert error(rope_at_length(rope, length), length) < 1e-5
+    assert rope_at_length(rope, rope.stable_length) is rope
     with pytest.raises(ValueError, match="length=0"):
-        rope.for_length(0)
+        rope_at_length(rope, 0)
 
 
 @pytest.mark.parametrize("name", ["dynamic", "longrope"])
 def test_keys_stored_under_long_frequencies_can_be_brought_to_the_short_ones(name):
     model, rope = shared_model(name), shared_rope(name)
     x, positions = random_keys(1, 2, 300, 16), torch.arange(300)
-    long = rope.for_length(300)
+    long = rope_at_length(rope, 300)
     stored = own_rotate(model, x, positions[None])
     short = rope.rotate(long.unrotate(stored, positions), positions)[:, :, :32]
     assert_within(short, own_rotate(model, x[:, :, :32], positions[None, :32]), 3 * FP32)
@@ -333,16 +342,16 @@ def test_keys_stored_under_long_frequencies_can_be_brought_to_the_short_ones(nam
 @pytest.mark.parametrize("name", ["dynamic", "longrope"])
 def test_a_long_forward_before_does_not_change_what_is_read(name):
     model = fresh_model("llama", rope_parameters=TYPES[name])
-    before = Rope.from_model(model)
+    before = rope_of_layer(model)
     with torch.inference_mode():
         model(input_ids=torch.full((1, 300), 5))
-    assert Rope.from_model(model) == before == shared_rope(name)
+    assert rope_of_layer(model) == before == shared_rope(name)
     with torch.inference_mode():
         model(input_ids=torch.full((1, 300), 5))
-    assert Rope.from_model(model, check=False) == before
+    assert rope_of_layer(model, check=False) == before
     with torch.inference_mode():
         model(input_ids=torch.full((1, 400), 5))
-        assert Rope.from_model(model, check=False) == before
+        assert rope_of_layer(model, check=False) == before
     restore_frequencies(model)
     x = random_keys(1, 1, 256, 16)
     for length in (60, 256) if name == "dynamic" else (60,):  # 256 is the trained length
@@ -353,7 +362,7 @@ def test_a_long_forward_before_does_not_change_what_is_read(name):
     # and the module still stretches when it has to
     positions = torch.arange(300)[None]
     x = random_keys(1, 1, 300, 16)
-    assert_within(before.for_length(300).rotate(x, positions[:, None]), own_rotate(model, x, positions), FP32)
+    assert_within(rope_at_length(before, 300).rotate(x, positions[:, None]), own_rotate(model, x, positions), FP32)
 
 
 def test_restoring_leaves_other_types_alone():
@@ -405,7 +414,7 @@ def test_hooks_on_the_rotary_module_are_not_run_and_stay():
             return args, kwargs
 
     hooks.add_hook_to_module(model.model.rotary_emb, Hook())
-    assert Rope.from_rotary_module(model.model.rotary_emb) == shared_rope("longrope")
+    assert read_rotary(model.model.rotary_emb) == shared_rope("longrope")
     assert not calls
     rope_layers(model)
     assert calls and all(module is model.model.rotary_emb for module in calls)
@@ -423,7 +432,7 @@ def test_an_unknown_rope_type_is_refused_by_name():
     rotary = copy.deepcopy(shared_model("llama").model.rotary_emb)
     rotary.rope_type = "spiral"
     with pytest.raises(ValueError, match="rope_type 'spiral' of LlamaRotaryEmbedding is not supported; supported:"):
-        Rope.from_rotary_module(rotary)
+        read_rotary(rotary)
 
 
 def test_a_module_that_computes_something_else_is_refused(monkeypatch):
@@ -433,16 +442,16 @@ def test_a_module_that_computes_something_else_is_refused(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(type(rotary), "forward", lambda self, x, p: own(self, x, p * 2))
         with pytest.raises(ValueError, match="does not turn vectors as position times inv_freq"):
-            Rope.from_rotary_module(rotary)
+            read_rotary(rotary)
     with monkeypatch.context() as patch:
         patch.setattr(module, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q, k * cos + k.roll(1, -1) * sin))
         with pytest.raises(ValueError, match="does not turn vectors as position times inv_freq"):
-            Rope.from_rotary_module(rotary)
+            read_rotary(rotary)
     with monkeypatch.context() as patch:
         patch.delattr(module, "apply_rotary_pos_emb")
         with pytest.raises(ValueError, match="without apply_rotary_pos_emb"):
-            Rope.from_rotary_module(rotary)
-    Rope.from_rotary_module(rotary)
+            read_rotary(rotary)
+    read_rotary(rotary)
 
 
 def test_keys_that_are_changed_after_rotation_are_refused():
@@ -457,7 +466,7 @@ def test_keys_that_are_changed_after_rotation_are_refused():
 def test_check_refuses_ropes_that_are_not_the_models():
     model = shared_model("smollm3")
     ropes = list(rope_layers(model))
-    for wrong in (Rope.none(), Rope.from_model(shared_model("linear")), Rope.from_model(shared_model("cohere"))):
+    for wrong in (Rope.none(), rope_of_layer(shared_model("linear")), rope_of_layer(shared_model("cohere"))):
         with pytest.raises(ValueError, match="'smollm3', layer 1: its keys don't turn"):
             check_rope(model, [ropes[0], wrong, *ropes[2:]])
     with pytest.raises(ValueError, match="layer 3"):
@@ -470,12 +479,12 @@ def test_what_is_no_loaded_model_is_refused():
     with pytest.raises(ValueError, match="model=Linear: allowed are transformers models"):
         rope_layers(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="rotary=Linear: allowed are modules with inv_freq"):
-        Rope.from_rotary_module(torch.nn.Linear(2, 2))
+        read_rotary(torch.nn.Linear(2, 2))
     with torch.device("meta"):
         model = fresh_model("gpt2", **GPT2)
     with pytest.raises(ValueError, match="meta device"):
         rope_layers(model)
-    assert not Rope.from_model(model, check=False).rotates
+    assert not rope_of_layer(model, check=False).rotates
 
 
 positions_and_deltas = given(
@@ -610,10 +619,10 @@ def test_wrong_arguments_are_refused_by_name():
 
 def test_a_rope_compares_copies_and_pickles():
     rope, other = shared_rope("longrope"), shared_rope("dynamic")
-    assert rope != other and rope != "rope" and len({rope, Rope.from_model(shared_model("longrope")), other}) == 2
+    assert rope != other and rope != "rope" and len({rope, rope_of_layer(shared_model("longrope")), other}) == 2
     x = random_keys(1, 1, 3, 16)
     for twin in (copy.deepcopy(rope), pickle.loads(pickle.dumps(rope))):
-        assert twin == rope and twin.for_length(100) == rope.for_length(100) != rope
+        assert twin == rope and rope_at_length(twin, 100) == rope_at_length(rope, 100) != rope
         assert torch.equal(twin.rotate(x, 5), rope.rotate(x, 5))
     assert "longrope" in repr(rope) and "tensor" not in repr(rope)
 
@@ -621,7 +630,7 @@ def test_a_rope_compares_copies_and_pickles():
 @pytest.mark.parametrize("device", ["cpu", "meta"])  # meta: a device that inv_freq has to be copied to
 def test_gradients_pass_also_after_first_use_in_inference_mode(device):
     with torch.inference_mode():
-        rope = Rope.from_model(shared_model("llama"))
+        rope = rope_of_layer(shared_model("llama"))
         rope.shift(random_keys(1, 1, 2, 16).to(device), 3)
     x = random_keys(1, 1, 2, 16).to(device).requires_grad_()
     positions = torch.tensor([1.0, 2.0], device=device, requires_grad=True)

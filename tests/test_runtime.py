@@ -15,9 +15,9 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from streaming_llm import ADMSConfig, ADMSKVCache, disable_adms_llm, enable_adms_llm, enable_streaming_llm
-from streaming_llm.attention import register
 from streaming_llm.compaction import pipeline
 from streaming_llm.evaluation.lone_layer import LoneLayer
+from streaming_llm.model.attention import register
 from streaming_llm.store.stack import Stack
 from streaming_llm.stream.passes import Arrival
 

@@ -27,10 +27,10 @@ from test_rows import left_padded, run_padded
 
 from streaming_llm import ADMSConfig, ADMSKVCache, ADMSLayer, disable_adms_llm, enable_adms_llm, session
 from streaming_llm.compressors import get_compressor
-from streaming_llm.enable import is_enabled
-from streaming_llm.model_facts import describe_model, layer_devices, model_differences
-from streaming_llm.parallel import Ranks
+from streaming_llm.model.enable import is_enabled
+from streaming_llm.model.facts import describe_model, layer_devices, model_differences
 from streaming_llm.store.stack import Row, Stack
+from streaming_llm.stream.ranks import Ranks
 
 SMALL = {
     "start_size": 2, "recent_size": 16, "compressed_budget": 12, "compression_interval": 8, "rank": 8,
@@ -604,7 +604,7 @@ def test_all_that_a_cache_has_beside_its_stream_is_either_kept_or_transient():
 
 
 def test_every_kind_of_value_comes_back_as_it_was():
-    from streaming_llm.controller import ControllerState
+    from streaming_llm.compaction.controller import ControllerState
     from streaming_llm.session import _decode, _encode
 
     state = ControllerState.empty(1, 2, "cpu")

@@ -11,8 +11,8 @@ from conftest import random_states, stream, token_ids
 from test_controller import CONTROLLED, MODEL, SMALL
 
 from streaming_llm import ADMSConfig, ADMSKVCache, enable_adms_llm
-from streaming_llm.controller import ControllerState
-from streaming_llm.state import HeadState, HeadView
+from streaming_llm.compaction.controller import ControllerState
+from streaming_llm.data.state import HeadState, HeadView
 from streaming_llm.store.stack import Stack
 
 ALL_ON = {

@@ -9,8 +9,8 @@ import torch
 from conftest import make_tiny_llama, random_states, stream, token_ids
 
 from streaming_llm import ADMSConfig, ADMSKVCache, enable_adms_llm
+from streaming_llm.data.tokens import EXACT, PRECISION, REPLAY, SKETCH
 from streaming_llm.evaluation.lone_layer import LoneLayer
-from streaming_llm.tokens import EXACT, PRECISION, REPLAY, SKETCH
 
 SMALL = {"start_size": 2, "recent_size": 16, "compression_interval": 8, "min_middle_size_for_compress": 0, "rank": 4}
 MODULES = {

@@ -10,17 +10,8 @@ from conftest import random_states
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streaming_llm.tokens import (
-    CHANGED,
-    RECENT,
-    TIER_NAMES,
-    UNUSED,
-    WeightedTokens,
-    concatenate,
-    gather_tokens,
-    lightened,
-    top_slots,
-)
+from streaming_llm.data.select import gather_tokens, top_slots
+from streaming_llm.data.tokens import CHANGED, RECENT, TIER_NAMES, UNUSED, WeightedTokens, concatenate, lightened
 
 
 def make(tokens: int, batch: int = 2, heads: int = 3, dim: int = 4, seed: int = 0) -> WeightedTokens:

@@ -12,8 +12,8 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import DynamicCache
 
 from streaming_llm import ADMSKVCache, disable_adms_llm, enable_adms_llm
-from streaming_llm.enable import is_enabled
-from streaming_llm.wrappers import open_model
+from streaming_llm.model.enable import is_enabled
+from streaming_llm.model.wrappers import open_model
 
 
 class Wrapper(torch.nn.Module):

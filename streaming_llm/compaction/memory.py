@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ..budgets import VarianceState
-from ..calibration import CalibrationState
 from ..config import ADMSConfig
-from ..controller import ControllerState
-from ..recall import Originals
-from ..replay import ReplayState
-from ..state import HeadState
+from ..data.state import HeadState
+from ..maths.budgets import VarianceState
+from .calibration import CalibrationState
+from .controller import ControllerState
+from .originals import Originals
+from .replay import ReplayState
 
 
 @dataclass

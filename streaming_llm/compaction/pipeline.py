@@ -12,31 +12,22 @@ from dataclasses import dataclass
 
 import torch
 
-from ..budgets import Budget, middle_variance, share_budget
-from ..calibration import anchor_positions, calibrate, update_anchors
 from ..compressors.base import Compressor, Reference, check_made
-from ..config import REPLAY_BANK, ADMSConfig
-from ..controller import QUERY_STEP, attention_output, head_budgets, reconstruction_energy, update_controller
-from ..dual_fidelity import make_sketches, promote
-from ..importance import Queries, attention_logits, importance, spread_over_segments
-from ..recall import Originals, is_original
-from ..replay import replay, replay_count, spectral_energy
-from ..rope import Rope
-from ..tokens import (
-    EXACT,
-    PRECISION,
-    RECENT,
-    SINK,
-    SKETCH,
-    WeightedTokens,
-    concatenate,
-    gather_tokens,
-    lightened,
-    top_in_order,
-    top_slots,
-)
+from ..config import ADMSConfig
+from ..data.queries import Queries
+from ..data.rope import Rope
+from ..data.select import gather_tokens, top_in_order, top_slots
+from ..data.tokens import EXACT, PRECISION, RECENT, SINK, SKETCH, WeightedTokens, concatenate, lightened
+from ..maths.budgets import Budget, middle_variance, share_budget
+from ..maths.importance import attention_logits, importance, spread_over_segments
+from ..sizing import REPLAY_BANK
+from .calibration import anchor_positions, calibrate, update_anchors
+from .controller import QUERY_STEP, attention_output, head_budgets, reconstruction_energy, update_controller
 from .counts import Counts
+from .dual_fidelity import make_sketches, promote
 from .memory import Memory
+from .originals import Originals, is_original
+from .replay import replay, replay_count, spectral_energy
 
 # The controller measures each of a layer's first compactions, then one in so many.
 _MEASURED_FIRST, _MEASURED_EVERY = 8, 4

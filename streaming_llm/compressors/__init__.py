@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..registry import COMPRESSORS, available_compressors, get_compressor
 from .attention_matching import AttentionMatchingCompressor
 from .base import Compressor
 from .check import check_compressor
@@ -9,12 +10,6 @@ from .low_rank import LowRankCompressor
 from .vq import VQCompressor
 
 __all__ = ["Compressor", "available_compressors", "check_compressor", "get_compressor", "register_compressor"]
-
-_REGISTRY: dict[str, type[Compressor]] = {
-    "low_rank": LowRankCompressor,
-    "vq": VQCompressor,
-    "attention_matching": AttentionMatchingCompressor,
-}
 
 
 def register_compressor(name: str, compressor: type[Compressor]) -> None:
@@ -26,18 +21,14 @@ def register_compressor(name: str, compressor: type[Compressor]) -> None:
         raise TypeError(f"name={name!r} must be a non-empty string")
     if not (isinstance(compressor, type) and issubclass(compressor, Compressor)):
         raise TypeError(f"compressor={compressor!r} must be a subclass of streaming_llm.compressors.base.Compressor")
-    if _REGISTRY.get(name, compressor) is not compressor:
-        raise ValueError(f"name={name!r} is already taken by {_REGISTRY[name].__name__}")
-    _REGISTRY[name] = compressor
+    if COMPRESSORS.get(name, compressor) is not compressor:
+        raise ValueError(f"name={name!r} is already taken by {COMPRESSORS[name].__name__}")
+    COMPRESSORS[name] = compressor
 
 
-def get_compressor(name: str) -> type[Compressor]:
-    """The registered class; `ValueError` names what is registered when there is none."""
-    if name not in _REGISTRY:
-        raise ValueError(f"compressor_type={name!r} is not registered: use one of {', '.join(_REGISTRY)}")
-    return _REGISTRY[name]
-
-
-def available_compressors() -> tuple[str, ...]:
-    """Names that `compressor_type` may have."""
-    return tuple(_REGISTRY)
+for _name, _compressor in (
+    ("low_rank", LowRankCompressor),
+    ("vq", VQCompressor),
+    ("attention_matching", AttentionMatchingCompressor),
+):
+    register_compressor(_name, _compressor)

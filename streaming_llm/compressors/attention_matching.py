@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from ..tokens import CHANGED, WeightedTokens, as_held
+from ..data.tokens import CHANGED, WeightedTokens, as_held
 from .base import Compressor, Reference, reference_probabilities
 from .merge import keep_best
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
-from ..importance import Queries, attention_logits, remember
-from ..tokens import WeightedTokens
-
-if TYPE_CHECKING:
-    from ..config import ADMSConfig
+from ..config import ADMSConfig
+from ..data.queries import Queries
+from ..data.tokens import WeightedTokens
+from ..maths.importance import attention_logits, remember
 
 
 @dataclass

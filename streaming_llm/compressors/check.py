@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from ..importance import Queries, attention_logits, attention_statistics
-from ..tokens import UNUSED, WeightedTokens
+from ..config import ADMSConfig
+from ..data.queries import Queries
+from ..data.tokens import UNUSED, WeightedTokens
+from ..maths.importance import attention_logits, attention_statistics
+from ..registry import get_compressor
 from .base import Compressor, Reference, check_made
-
-if TYPE_CHECKING:
-    from ..config import ADMSConfig
 
 _SINKS, _RECENT, _HEADS, _DIM = 3, 6, 3, 8
 
@@ -59,9 +59,6 @@ def check_compressor(compressor: str | type[Compressor], config: ADMSConfig | No
             does not promise.
         config: the settings to make it with; small budgets when None.
     """
-    from ..config import ADMSConfig
-    from . import get_compressor
-
     kind = get_compressor(compressor) if isinstance(compressor, str) else compressor
     if config is None:
         config = ADMSConfig(compressed_budget=12, min_importance_tokens=0, rank=4, num_clusters=4)

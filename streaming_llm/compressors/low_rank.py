@@ -11,7 +11,8 @@ import functools
 
 import torch
 
-from ..tokens import WeightedTokens, gather_tokens, top_slots
+from ..data.select import gather_tokens, top_slots
+from ..data.tokens import WeightedTokens
 from .base import Compressor, Reference
 from .merge import keep_best
 

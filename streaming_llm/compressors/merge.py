@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from ..tokens import EXACT, PRECISION, UNUSED, WeightedTokens, gather_tokens, top_in_order
+from ..data.select import gather_tokens, top_in_order
+from ..data.tokens import EXACT, PRECISION, UNUSED, WeightedTokens
 from .base import Reference
 
 _TINY = 1e-12

@@ -10,7 +10,8 @@ from typing import ClassVar
 
 import torch
 
-from ..tokens import EXACT, PRECISION, UNUSED, WeightedTokens, concatenate, top_in_order
+from ..data.select import top_in_order
+from ..data.tokens import EXACT, PRECISION, UNUSED, WeightedTokens, concatenate
 from .base import Compressor, Reference, reference_probabilities
 from .merge import squared_distance
 

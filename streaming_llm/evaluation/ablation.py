@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..stats import format_bytes
 from .cli import (
     LEAST_OF_TEXT,
     Parser,
@@ -486,6 +487,4 @@ def _sizes(result: MethodResult) -> tuple[int, int]:
 
 
 def _bytes(size: int) -> str:
-    from .report import format_bytes
-
     return format_bytes(size) if size else "-"

@@ -15,7 +15,7 @@ from streaming_llm.budgets import share_budget
 from streaming_llm.cache import ADMSKVCache
 from streaming_llm.config import ADMSConfig
 from streaming_llm.controller import attention_output, layer_budgets
-from streaming_llm.importance import Queries
+from streaming_llm.data.queries import Queries
 from streaming_llm.replay import replay, replay_count
 from streaming_llm.tokens import WeightedTokens, concatenate
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ..stats import format_bytes
 from . import streaming
 from .cli import (
     LEAST_OF_TEXT,
@@ -45,7 +46,6 @@ from .report import (
     COLOURS,
     STYLES,
     Columns,
-    format_bytes,
     markdown_columns,
     print_columns,
     results_document,

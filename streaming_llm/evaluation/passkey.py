@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..model_facts import cache_argument
+from ..model.facts import cache_argument
 from .cli import (
     Parser,
     add_method_flags,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..stats import format_bytes
 from .errors import EvaluationError
 from .streaming import MethodResult
 
@@ -184,15 +185,6 @@ def plot(path: Path, results: Mapping[str, MethodResult], title: str, score_from
     handles, labels = upper.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
-
-
-def format_bytes(size: int) -> str:
-    """A size with the binary unit that keeps it readable: 45.4 MiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            break
-        size /= 1024
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
 
 
 def _cell(value: float | None, form: str) -> str:

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from ..model_facts import cache_argument
+from ..model.facts import cache_argument
+from ..stats import format_bytes
 from .cli import Parser, add_settings, cache_settings, check_least, check_plans, exit_code, parse_arguments
 from .errors import require
 from .long_stream import settled_resident
 from .methods import METHODS, cache_factory, plan_methods, resolve_settings
-from .report import format_bytes
 from .streaming import cache_bytes, held_tokens
 
 # The widest cache of these sizes, with what comes between two compactions, fits into a trained length of 256.

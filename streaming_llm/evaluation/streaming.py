@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..model_facts import cache_argument
+from ..model.facts import cache_argument
 from .errors import EvaluationError
 
 REFERENCE = "full"

@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import torch
 
+from ..compaction.originals import is_original
 from ..config import ADMSConfig
-from ..recall import is_original
-from ..rope import Rope
-from ..tokens import WeightedTokens
+from ..data.rope import Rope
+from ..data.tokens import WeightedTokens
 from .codec import Codec
 from .shelves import OutOfRoom, Shelves
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..tokens import WeightedTokens
+from ..data.tokens import WeightedTokens
 from .codec import Codec
 
 _CODE_DTYPES = {16: torch.bfloat16, 8: torch.bfloat16, 4: torch.int8}

@@ -18,10 +18,10 @@ import torch
 from ..compaction.counts import Counts
 from ..compaction.memory import Memory
 from ..config import ADMSConfig
-from ..importance import Queries
-from ..padding import MaskChange
-from ..rope import Rope
-from ..tokens import WeightedTokens
+from ..data.padding import MaskChange
+from ..data.queries import Queries
+from ..data.rope import Rope
+from ..data.tokens import WeightedTokens
 from .archive import Archive, Links
 
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 
 from ..attend.recall import Recalled, closed_up, positions_of, recall, turned_queries
-from ..importance import Queries
+from ..data.queries import Queries
+from ..data.tokens import WeightedTokens, concatenate
 from ..store.stack import Row, Stack, true_first
-from ..tokens import WeightedTokens, concatenate
 from .upkeep import Upkeep
 
 

@@ -13,12 +13,12 @@ import torch
 
 from ..compressors import get_compressor
 from ..config import ADMSConfig
-from ..padding import MaskChange
-from ..parallel import Ranks
-from ..rope import Rope
+from ..data.padding import MaskChange
+from ..data.rope import Rope
 from ..store.stack import Row, Stack
 from .passes import Arrival, NonFiniteError, StackPass
 from .positions import PositionWindow
+from .ranks import Ranks
 from .trading import FIRST_TRADE, next_trade, runs, traded
 from .upkeep import Upkeep
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from ..controller import layer_budgets
-from ..parallel import Ranks
+from ..compaction.controller import layer_budgets
 from ..store.stack import Stack
+from .ranks import Ranks
 from .upkeep import Upkeep
 
 # Layers trade after so many compactions first, then after twice as many each time (much is still to be learnt), and at last

@@ -14,14 +14,15 @@ import torch
 
 from ..compaction.counts import Counts
 from ..compaction.memory import Memory
+from ..compaction.originals import Originals
 from ..compaction.pipeline import Compacted, Plan, compact
 from ..compressors.base import Compressor
 from ..config import ADMSConfig
-from ..importance import Queries, attention_logits, attention_statistics, less_drawn
-from ..recall import Originals
+from ..data.queries import Queries
+from ..data.tokens import WeightedTokens, lightened
+from ..maths.importance import attention_logits, attention_statistics, less_drawn
 from ..store.archive import Links, Stands
 from ..store.stack import Part, Row, Stack
-from ..tokens import WeightedTokens, lightened
 
 # Of a prefill's queries before its last window, every fourth is scored: nearly as telling, at a quarter of the cost.
 _PREFILL_STEP = 4

@@ -8,7 +8,7 @@ from conftest import make_tiny_llama, stream, token_ids
 from test_enable import SMALL, traces_of
 
 from streaming_llm import disable_adms_llm, enable_adms_llm
-from streaming_llm.enable import is_enabled
+from streaming_llm.model.enable import is_enabled
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.extras

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
+from ..cache import ADMSKVCache
+from ..config import MODULE_BUDGETS, ADMSConfig
+from ..data.rope import Rope
+from ..stream.positions import PositionWindow
 from .attention import BASES, SDPA_ITSELF, AttendedKeys, WiredConfig, register
-from .cache import ADMSKVCache
-from .config import MODULE_BUDGETS, ADMSConfig
-from .model_facts import cache_argument
-from .parallel import Ranks
-from .rope import Rope, restore_frequencies, rope_layers
-from .stream.positions import PositionWindow
+from .facts import cache_argument, use_with
+from .parallel import ranks_of
+from .rope_reading import restore_frequencies, rope_layers
 from .wrappers import find_decoder, open_model
 
 # Model types whose attention was tested with the cache (tests/test_families.py holds the list to its word).
@@ -163,7 +164,7 @@ def make_cache(model: PreTrainedModel, config: ADMSConfig, explicit: bool = Fals
     Args:
         explicit: whether the calibration was asked for by name; it is then an error, not a warning, where it can't be.
     """
-    ranks = Ranks.of(model)
+    ranks = ranks_of(model)
     for name, on in (
         ("use_adaptive_budget=True", config.use_adaptive_budget),
         ("controller_scope='layer'", config.enable_adaptive_controller and config.controller_scope == "layer"),
@@ -196,7 +197,7 @@ def make_cache(model: PreTrainedModel, config: ADMSConfig, explicit: bool = Fals
         window=window,
         ranks=ranks,
     )
-    cache.use_with(model)
+    use_with(cache, model)
     cache.ropes = ropes, reason
     return cache
 
@@ -439,7 +440,7 @@ def _before_logits(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[
     cache = _given_cache(kwargs)
     if cache is None:
         return None
-    cache.use_with(module)
+    use_with(cache, module)
     mask = cache.outer_mask = kwargs.get("attention_mask")
     last_only = type(kwargs.get("logits_to_keep")) is int and kwargs["logits_to_keep"] == 1
     if (

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .state import HeadState
-from .tokens import CHANGED, SKETCH, UNUSED, WeightedTokens, as_held, gather_tokens, top_slots
+from ..data.select import gather_tokens, top_slots
+from ..data.state import HeadState
+from ..data.tokens import CHANGED, SKETCH, UNUSED, WeightedTokens, as_held
 
 _TINY = 1e-12
 # Below this share of what it was a remainder's value is not found by subtraction, which would magnify every inaccuracy.

@@ -17,8 +17,8 @@ import torch
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .autograd import autocast_dtype
-from .layer import ADMSLayer
+from ..data.autograd import autocast_dtype
+from ..layer import ADMSLayer
 
 PREFIX = "adms_"
 BASES = ("eager", "sdpa")

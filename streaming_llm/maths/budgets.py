@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .state import HeadState
+from ..data.state import HeadState
 
 
 @dataclass(frozen=True)

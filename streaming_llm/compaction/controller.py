@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 import torch
 
-from .autograd import unrecorded
-from .budgets import middle_variance, share_budget
+from ..data.autograd import unrecorded
+from ..data.queries import Queries
+from ..data.state import HeadState, HeadView
+from ..data.tokens import WeightedTokens
+from ..maths.budgets import middle_variance, share_budget
+from ..maths.importance import attention_logits
 from .dual_fidelity import check_head
-from .importance import Queries, attention_logits
-from .state import HeadState, HeadView
-from .tokens import WeightedTokens
 
 # Of the stored queries every so many are asked; more were measured to tell no more.
 QUERY_STEP = 8

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedModel
 
 
 class Ranks:
@@ -12,14 +11,6 @@ class Ranks:
     def __init__(self, mesh: torch.distributed.DeviceMesh):
         names = mesh.mesh_dim_names or ()
         self.group = mesh["tp"].get_group() if "tp" in names else mesh.get_group()
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> Ranks | None:
-        """Those of a model loaded with `tp_plan="auto"`; None where each process has all heads."""
-        mesh = getattr(model, "_device_mesh", None)
-        if mesh is None or (getattr(model, "_tp_size", None) or 1) == 1:
-            return None
-        return cls(mesh)
 
     def __reduce__(self) -> tuple:
         raise TypeError(

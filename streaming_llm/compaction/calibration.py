@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .autograd import unrecorded
-from .config import ANCHOR_MODES
-from .state import HeadState, HeadView
+from ..config import ANCHOR_MODES
+from ..data.autograd import unrecorded
+from ..data.state import HeadState, HeadView
 
 MIN_ANCHORS = 10
 # How much of the fitted position goes into the calibrated one; the rest is the position as it was.

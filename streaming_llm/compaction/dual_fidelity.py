@@ -11,12 +11,13 @@ from collections.abc import Callable
 
 import torch
 
-from .autograd import unrecorded
-from .compressors.merge import features, squared_distance
-from .config import SKETCH_REDUCTIONS
-from .recall import Originals, spread_pick, stand_in_error, take_off
-from .state import HeadView
-from .tokens import EXACT, SKETCH, UNUSED, WeightedTokens, concatenate, gather_tokens, top_in_order
+from ..compressors.merge import features, squared_distance
+from ..config import SKETCH_REDUCTIONS
+from ..data.autograd import unrecorded
+from ..data.select import gather_tokens, top_in_order
+from ..data.state import HeadView
+from ..data.tokens import EXACT, SKETCH, UNUSED, WeightedTokens, concatenate
+from .originals import Originals, spread_pick, stand_in_error, take_off
 
 _TINY = 1e-12
 # A key that draws next to nothing would need a log-mass that explodes for the query it does suit: this share of the average

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .config import layer_windows
+from ..sizing import layer_windows
 from .wrappers import find_decoder, open_model
 
 # What decides the shape of keys and values and what they mean.
@@ -133,6 +133,12 @@ class UsedModel:
 
     def __reduce__(self) -> tuple:
         return UsedModel, (None, self.describe())
+
+
+def use_with(cache: Any, model: torch.nn.Module) -> None:
+    """Have `cache.used_model` be this one; see `ADMSKVCache.save`."""
+    if cache.used_model is None or not cache.used_model.is_(model):
+        cache.used_model = UsedModel(model)
 
 
 def model_differences(there: dict[str, Any], here: dict[str, Any]) -> str:

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaming_llm import WeightedTokens, disable_adms_llm, enable_adms_llm
-from streaming_llm.recall import Originals, is_original, spread_pick, stand_in_error, take_off
-from streaming_llm.tokens import EXACT, PRECISION, RECENT, REPLAY, SINK, SKETCH, UNUSED
+from streaming_llm.compaction.originals import Originals, is_original, spread_pick, stand_in_error, take_off
+from streaming_llm.data.tokens import EXACT, PRECISION, RECENT, REPLAY, SINK, SKETCH, UNUSED
 
 FIELDS = ("keys", "values", "pos", "share", "score", "parent", "order")
 

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 import torch
 
-from .autograd import unrecorded
-from .compressors.low_rank import leading_subspace
-from .config import REPLAY_BANK
+from ..compressors.low_rank import leading_subspace
+from ..data.autograd import unrecorded
+from ..data.select import top_slots
+from ..data.state import HeadState, HeadView
+from ..data.tokens import REPLAY, WeightedTokens
+from ..sizing import REPLAY_BANK
 from .dual_fidelity import as_batch, as_positions, check_head
-from .recall import Originals, take_off
-from .state import HeadState, HeadView
-from .tokens import REPLAY, WeightedTokens, top_slots
+from .originals import Originals, take_off
 
 # Singular values that count.
 SPECTRAL_RANK = 8

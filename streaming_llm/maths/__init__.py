@@ -1,0 +1,1 @@
+"""What the methods compute, on batched tensors alone."""
