@@ -22,6 +22,7 @@ from .data.autograd import unrecorded
 from .data.padding import Stretches, known_figures, mask_change, mask_figures, with_columns
 from .data.rope import Rope
 from .layer import ADMSLayer
+from .recalled import RecalledMixin
 from .seen import SeenMixin, SeenTokens, ids_of
 from .sizing import layer_windows
 from .stats import StatsMixin
@@ -37,9 +38,9 @@ def _without_log_mass(config: ADMSConfig) -> ADMSConfig:
     """The settings of a cache whose model was not enabled: nothing tells attention which slots are unused, so budgets can't
     differ between heads, nor may slots stay empty: what sketches and replay would use is the precision tier's."""
     modules = ("use_adaptive_budget", "enable_adaptive_controller", "enable_dual_fidelity", "enable_residual_replay")
-    if not any(getattr(config, name) for name in modules):
+    if not any(getattr(config, name) for name in (*modules, "enable_recall")):
         return config
-    off = dict.fromkeys(modules, False)
+    off = dict.fromkeys((*modules, "enable_recall"), False)
     return dataclasses.replace(config, **off, sketch_budget=0, replay_budget=0, compressed_budget=config.middle_allocation)
 
 
@@ -57,6 +58,7 @@ class ADMSKVCache(
     ByHandMixin,
     StatsMixin,
     SeenMixin,
+    RecalledMixin,
     Cache,
 ):
     """A `transformers.Cache` that keeps a bounded, weighted set of tokens per (layer, KV head).
@@ -554,11 +556,12 @@ class ADMSKVCache(
 
     def memory_report(self) -> dict[str, int]:
         """Bytes by use: `attended` (tokens and their bookkeeping), `query_window`, `originals` (outside the attended set),
-        `modules` (what calibration, controller and replay remember), `sliding` (transformers' own layers)."""
+        `modules` (what calibration, controller and replay remember), `sliding` (transformers' own layers); with recall also
+        `archive` (what left the recent window, wherever it is stored) and `index` (what it is found by)."""
         report = {"attended": 0, "query_window": 0, "originals": 0, "modules": 0, "sliding": 0}
         for stack in self.stream.stacks:
             for use, size in stack.nbytes.items():
-                report[use] += size
+                report[use] = report.get(use, 0) + size
         for layer in self.layers:
             if not isinstance(layer, ADMSLayer) and layer.is_initialized:
                 report["sliding"] += sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))

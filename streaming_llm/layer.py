@@ -184,9 +184,9 @@ class ADMSLayer(CacheLayerMixin):
         return self.stream.part_of(self.number).bias(self.number, groups, dtype)
 
     @unrecorded()
-    def recall(self, query: torch.Tensor) -> Recalled | None:
+    def recall(self, query: torch.Tensor, scale: float) -> Recalled | None:
         """See `StackPass.recall`."""
-        return self.stream.part_of(self.number).recall(self.number, query)
+        return self.stream.part_of(self.number).recall(self.number, query, scale)
 
     @unrecorded()
     def observe(self, query: torch.Tensor, scale: float, softcap: float | None = None) -> None:

@@ -32,6 +32,7 @@ from .layer import ADMSLayer
 from .model.enable import check_model, make_cache, wire
 from .model.facts import describe_model, differences, layer_devices, model_differences
 from .seen import SeenTokens
+from .store.archive import Archive
 from .store.stack import Row, Stack
 from .stream.trading import joined
 
@@ -209,6 +210,8 @@ def _encode_stack(stack: Stack, prefix: str, tensors: dict[str, torch.Tensor]) -
     fields["tokens"] = stack.tokens.slice(0, stack.columns)
     if stack.queries is not None:
         fields["queries"] = stack.queries[:, :, :, : max(row.queries for row in stack.rows)]
+    if stack.archive is not None:
+        fields["archive"] = stack.archive.as_dict(max(row.archived for row in stack.rows))
     return {"slots": slots} | {name: _encode(value, f"{prefix}.{name}", tensors) for name, value in fields.items()}
 
 
@@ -219,7 +222,12 @@ def _decode_stack(
     cpu, stream = torch.device("cpu"), cache.stream
     fields = {name: _decode(node, tensors, cpu) for name, node in nodes.items() if name != "slots"}
     first = fields["layers"][0]
+    archived = fields.pop("archive")
     stack = Stack(config=stream.config, rope=cache.layers[first].rope, **fields)
+    if archived is not None:
+        rows = stack.batch
+        states = (stack.tokens.keys[:rows], stack.tokens.values[:rows])
+        stack.archive = Archive.from_dict(stream.config, *states, len(stack.layers), archived)
     stack.tokens = stack.tokens.widened(nodes["slots"])
     if stack.queries is not None:
         missing = stream.config.query_slots - stack.queries.shape[3]

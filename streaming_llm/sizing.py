@@ -63,6 +63,17 @@ class Sizes:
         return max(self.sketch_originals if self.sketch_budget else 0, REPLAY_BANK * self.replay_budget)
 
     @property
+    def archive_slots(self) -> int:
+        """Tokens each head's archive has room for once it is full; 0 without recall. A pass of more than two
+        `compression_interval` makes room for its own, up to `recall_tokens` more, until it is over."""
+        return (self.recall_tokens + 4 * self.compression_interval) * self.enable_recall
+
+    def archived_bytes(self, head_dim: int, itemsize: int) -> int:
+        """Bytes of a token in the archive of one head, index included; its positions are one pair for a whole layer."""
+        stored = head_dim * itemsize if self.recall_bits == 16 else head_dim * self.recall_bits // 8 + 2
+        return 2 * stored + self.recall_rank * (1 if self.recall_bits == 4 else 2) + (5 if self.recall_bits == 4 else 7)
+
+    @property
     def middle_allocation(self) -> int:
         """Tokens between sinks and recent window after a compaction (per head, on average over a layer's heads)."""
         return self.compressed_budget + self.sketch_budget + self.replay_budget
@@ -119,7 +130,10 @@ class Sizes:
         modules += CONTROLLER_BYTES * self.enable_adaptive_controller + REPLAY_BYTES * bool(self.replay_budget)
         modules += VARIANCE_BYTES * self.use_adaptive_budget
         head = self.buffer_tokens * token + queries + self.original_slots * original + modules
-        full = shape.full_layers * shape.kv_heads * head
+        if self.enable_recall:
+            head += self.archive_slots * self.archived_bytes(shape.head_dim, shape.itemsize)
+            head += 4 * (shape.head_dim * (self.recall_rank + 1) + self.recall_rank)
+        full = shape.full_layers * (shape.kv_heads * head + 8 * self.archive_slots)
         sliding = shape.sliding_tokens * shape.kv_heads * shape.head_dim * 2 * shape.itemsize
         return batch_size * (full + sliding)
 

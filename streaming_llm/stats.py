@@ -21,12 +21,22 @@ class StatsMixin:
         `total_sketch_promotions` counts sketches whose originals returned, `total_replay_triggers` the heads and
         `total_replay_tokens` the originals of replays, `total_calibrations` fits that placed made tokens,
         `total_budget_adjustments` changes of a head's budget by the controller. Calls of the parts by hand count too.
+        With recall, `total_recall_requests` counts the heads that asked the archive in a pass, `total_recalled_tokens` what
+        they read from it, `archived_tokens` what is in it now.
         """
         counts = [stack.counts for stack in self.stream.stacks]
 
         def total(name: str) -> int:
             return sum(int(getattr(count, name)) for count in counts) + self._hand_counts.get(name, 0)
 
+        recall = {}
+        if self.config.enable_recall:
+            resident = sum(stack.archived_tokens for stack in self.stream.stacks)
+            recall = {
+                "total_recall_requests": total("asked"),
+                "total_recalled_tokens": total("recalled"),
+                "archived_tokens": resident,
+            }
         return {
             "total_compressions": total("head_compactions"),
             "total_exact_kept": total("kept_exact"),
@@ -38,6 +48,7 @@ class StatsMixin:
             "total_replay_triggers": total("replay_triggers"),
             "total_calibrations": total("calibrations"),
             "total_budget_adjustments": total("adjustments"),
+            **recall,
         }
 
     def _log_every_512(self, seen: int, new: int) -> None:
@@ -72,6 +83,11 @@ class StatsMixin:
             lines.append(f"[ADMS Calibration @ {at}] Total calibrations: {stats['total_calibrations']}")
         if config.enable_adaptive_controller:
             lines.append(f"[ADMS Controller @ {at}] Budget adjustments: {stats['total_budget_adjustments']}")
+        if config.enable_recall:
+            lines.append(
+                f"[ADMS Recall @ {at}] Requests: {stats['total_recall_requests']}, "
+                f"Tokens: {stats['total_recalled_tokens']}, Archived: {stats['archived_tokens']}"
+            )
         return [
             *lines,
             f"[ADMS Cache @ {at}] Actual size: {size}, Expected max: {most}, Ratio: {size / max(1, at):.2%}",

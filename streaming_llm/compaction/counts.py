@@ -20,6 +20,7 @@ class Counts:
         replay_triggers, replayed: heads that replayed, and originals they got back.
         calibrations: fits that placed synthetic tokens.
         adjustments: changes of a head's budget by the controller.
+        asked, recalled: heads that asked the archive in a pass, and tokens they read from it.
     """
 
     head_compactions: torch.Tensor | int = 0
@@ -32,6 +33,8 @@ class Counts:
     replayed: torch.Tensor | int = 0
     calibrations: torch.Tensor | int = 0
     adjustments: torch.Tensor | int = 0
+    asked: torch.Tensor | int = 0
+    recalled: torch.Tensor | int = 0
 
     def __add__(self, other: Counts) -> Counts:
         names = (item.name for item in dataclasses.fields(self))

@@ -170,15 +170,9 @@ class _Compaction:
 
     def _traced(self, tokens: WeightedTokens, middle: WeightedTokens) -> torch.Tensor:
         """Slot of the middle that each of the candidates `tokens` is in; -1 for those nobody knows of."""
-        if not middle.length:
+        if self.parents is None or not middle.length:
             return torch.full_like(tokens.count, -1, dtype=torch.int64)
-        # What is held as it was has its position still, whatever the compressor tells.
-        own = is_original(middle)
-        same = (tokens.pos[..., None] == middle.pos[:, :, None]) & own[:, :, None]
-        same = same & is_original(tokens)[..., None]
-        kept, itself = same.any(-1), same.int().argmax(-1)
-        others = -1 if self.parents is None else self.parents
-        return torch.where(kept, itself, others)
+        return self.parents
 
     def _with_originals(self, source: WeightedTokens, tokens: WeightedTokens, first: int, budget: Budget) -> WeightedTokens:
         """What returns from the originals is a candidate like any other; what overflows the precision tier becomes sketches;

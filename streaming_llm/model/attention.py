@@ -86,6 +86,7 @@ def _attention(base: str) -> Callable:
             value,
             attention_mask,
             wide=base == "eager" or query.device.type in WIDE_MASKS,
+            scale=kwargs.get("scaling"),
         )
         _show(layer, query, kwargs.get("scaling"), kwargs.get("softcap"))
         return result
@@ -128,6 +129,7 @@ def _attend(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     wide: bool,
+    scale: float | None,
 ) -> Any:
     """`kernel(query, key, value, mask)`; once log-mass counts, `masked(query, key, value, log_mass)`, `wide`: in float32.
 
@@ -143,7 +145,7 @@ def _attend(
     dtype = autocast_dtype(query.dtype, kind)
     wide = wide and dtype.itemsize < 4
     bias = layer.attention_bias(query.shape[2], query.shape[1] // key.shape[1], torch.float32 if wide else dtype)
-    recalled = layer.recall(query)
+    recalled = layer.recall(query, _scale(query, scale))
     if recalled is not None:
         key, value = recalled.beside(key, value)
         bias = recalled.bias(bias)
@@ -154,7 +156,12 @@ def _attend(
 
 
 def _show(layer: ADMSLayer, query: torch.Tensor, scale: float | None, softcap: float | None = None) -> None:
-    layer.observe(query, query.shape[-1] ** -0.5 if scale is None else scale, softcap)
+    layer.observe(query, _scale(query, scale), softcap)
+
+
+def _scale(query: torch.Tensor, given: float | None) -> float:
+    """What logits are multiplied by."""
+    return query.shape[-1] ** -0.5 if given is None else given
 
 
 class AttendedKeys(torch.Tensor):
@@ -210,7 +217,8 @@ class AttendedKeys(torch.Tensor):
             causal = is_causal and mask is attn_mask
             return kernel(query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=causal, scale=scale, **kwargs)
 
-        result = _attend(layer, attend, attend, query, key.keys, value, attn_mask, wide=query.device.type in WIDE_MASKS)
+        wide = query.device.type in WIDE_MASKS
+        result = _attend(layer, attend, attend, query, key.keys, value, attn_mask, wide, scale)
         _show(layer, query, scale)
         return result
 

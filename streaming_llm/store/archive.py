@@ -13,10 +13,11 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from ..attend.recall import best_scores
 from ..compaction.originals import is_original
 from ..config import ADMSConfig
 from ..data.rope import Rope
@@ -27,10 +28,11 @@ from .shelves import OutOfRoom, Shelves
 _TINY = 1e-12
 # Most slots there are before the archive first grows.
 _FIRST_SLOTS = 1024
-# Where a head's basis is made anew from what it archived since: another topic or language has other directions.
-REFITS = (2048, 8192, 32768)
 # Of an archive's keys every so many are looked at for a basis: this many at most.
 _FITTED_KEYS = 2048
+
+# Links of each slot, and what they are where it is free.
+_PER_TOKEN = {"share": 0, "representative": -1, "open": False}
 
 logger = logging.getLogger("streaming_llm")
 
@@ -83,13 +85,6 @@ class Links:
         for name, tensor in own.tensors().items():
             tensor[index] = getattr(links, name)
         return own
-
-
-class Found(NamedTuple):
-    """Archived tokens by slot, `[rows, kv_heads, n]`: `slots`, and whether each was really `picked`."""
-
-    slots: torch.Tensor
-    picked: torch.Tensor
 
 
 @dataclass
@@ -165,6 +160,33 @@ class Archive:
             self.config, self.shelves.select(at, None, device), self.links.map(lambda own: own.to(device, copy=True))
         )
 
+    def as_dict(self, archived: int) -> dict[str, Any]:
+        """What tells the archive, as plain values and tensors; of slots those that `archived` tokens came to."""
+        used, links = min(archived, self.slots), dict(self.links.tensors())
+        for name in _PER_TOKEN:
+            links[name] = links[name][:, :, :used]
+        return {
+            "recall_tokens": self.config.recall_tokens,
+            "slots": self.slots,
+            "links": links,
+            "shelves": self.shelves.as_dict(slice(self.start, self.start + self.rows), used),
+        }
+
+    @classmethod
+    def from_dict(
+        cls, config: ADMSConfig, keys: torch.Tensor, values: torch.Tensor, layers: int, told: dict[str, Any]
+    ) -> Archive:
+        """The archive that `as_dict` told, for heads like those of `keys` and `values [batch, kv_heads, tokens, dim]`."""
+        config = dataclasses.replace(config, recall_tokens=told["recall_tokens"])
+        archive = cls.empty(config, keys, values, layers)
+        archive.shelves = archive.shelves.grown(told["slots"], [], 0)
+        archive.shelves.fill(told["shelves"])
+        links = dict(told["links"])
+        for name, fill in _PER_TOKEN.items():
+            links[name] = torch.nn.functional.pad(links[name], (0, told["slots"] - links[name].shape[2]), value=fill)
+        archive.links = Links(**links)
+        return archive
+
     @classmethod
     def join(cls, archives: Sequence[Archive]) -> Archive:
         """Archives of equal shapes as one: of the same shelves where they are neighbours on them."""
@@ -179,6 +201,37 @@ class Archive:
             return Archive(first.config, first.shelves, links, first.start)
         return Archive(first.config, Shelves.join([(own.shelves, own.start, own.rows) for own in archives]), links)
 
+    # -- what is found and read ------------------------------------------------------------------------------------------
+
+    def scores(self, query: torch.Tensor, scale: float, live: int, real: torch.Tensor | None) -> torch.Tensor:
+        """`best_scores` of the tokens in the first `live` slots, `[batch, kv_heads, live]`.
+
+        Args:
+            query: `[batch, heads, new, head_dim]`, turned to one distance; scale: what logits are multiplied by.
+            real: which of the new are no padding, bool `[batch, new]`; None where all are.
+        """
+        links, heads = self.links, self.links.share.shape[1]
+        groups = query.shape[1] // heads
+        asked = query.unflatten(1, (heads, groups)).flatten(2, 3).float() @ links.basis * links.step
+        real = None if real is None else real.repeat(1, groups)
+        codes = self.shelves.codes[self.start : self.start + self.rows, :, :live]
+        return best_scores(codes, asked, scale, links.open[:, :, :live], real)
+
+    def read(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys, values, shares and representatives of the tokens in `slots [batch, kv_heads, n]`."""
+        share, representative = (own.gather(2, slots) for own in (self.links.share, self.links.representative))
+        return *self.shelves.read(self.start, slots), share, representative.long()
+
+    def positions(self, slots: torch.Tensor, moved: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where archived tokens stand in the positions the model has now, and where their keys are rotated to.
+
+        Args:
+            slots: `[batch, kv_heads, n]`; moved: by how much each row's positions were moved so far.
+        """
+        own = (self.shelves.pos, self.shelves.rotated)
+        pos, rotated = (tensor[:, None].expand(-1, slots.shape[1], -1).gather(2, slots) for tensor in own)
+        return pos - torch.tensor(list(moved), device=pos.device, dtype=pos.dtype)[:, None, None], rotated
+
     # -- another archive -------------------------------------------------------------------------------------------------
 
     def with_room(self, archived: Sequence[int], new: int) -> Archive:
@@ -189,21 +242,28 @@ class Archive:
         cap = self.config.recall_tokens
         # What the snapshot before this one counts among its own stays untouched.
         held = min(max(archived, default=0), cap + 2 * self.config.compression_interval)
-        needed = held + new
-        if needed <= self.slots:
+        needed, spare = held + min(new, cap), self.config.archive_slots
+        # What a long pass made room for is given back once it is not needed for long.
+        if needed <= self.slots <= max(spare, needed + cap // 2):
             return self
-        spare = cap + 4 * self.config.compression_interval
         slots = max(needed, min(max(_FIRST_SLOTS, 2 * self.slots), spare))
         try:
             shelves = self.shelves.grown(slots, archived, cap)
         except OutOfRoom as error:
-            if self.slots < 4 * new:
+            least = min(new, cap) + 2 * self.config.compression_interval
+            if self.slots <= least:
                 raise
-            logger.error("recall_store=%r can't hold more than %d tokens a head: %s", self.config.recall_store, held, error)
-            return dataclasses.replace(self, config=dataclasses.replace(self.config, recall_tokens=self.slots - 2 * new))
-        sizes = {"share": 0, "representative": -1, "open": False}
+            logger.error(
+                "recall_store=%r has no more room: the archive keeps the last %d tokens a head instead of %d (%s)",
+                self.config.recall_store,
+                self.slots - least,
+                cap,
+                error,
+            )
+            return dataclasses.replace(self, config=dataclasses.replace(self.config, recall_tokens=self.slots - least))
         grown = {
-            name: shelves.relaid(getattr(self.links, name), self.slots, archived, cap, fill) for name, fill in sizes.items()
+            name: shelves.relaid(getattr(self.links, name), self.slots, archived, cap, fill)
+            for name, fill in _PER_TOKEN.items()
         }
         if self.start or self.rows != self.shelves.rows:
             shelves = shelves.select(torch.arange(self.start, self.start + self.rows), None)
@@ -235,10 +295,13 @@ class Archive:
             rope: how keys turn with position.
 
         Returns:
-            The links of these rows now. Only slots that no row uses were written.
+            The links of these rows now. Only slots that no row uses were written. Of more tokens than `recall_tokens` the
+        last are archived.
         """
         rows = self.links if index is None else self.links.map(lambda own: own.index_select(0, index))
-        count, slots, cap = new.stop - new.start, self.slots, self.config.recall_tokens
+        slots, cap = self.slots, self.config.recall_tokens
+        old, new = old + max(0, new.stop - new.start - cap), slice(max(new.start, new.stop - cap), new.stop)
+        count = new.stop - new.start
         tokens = held.map(lambda tensor: tensor[:, :, new])
         share, representative = rows.share.float(), rows.representative.long()
         known = representative >= 0
@@ -246,8 +309,8 @@ class Archive:
         own = is_original(middle)
         if middle.length:
             share, representative = _followed(at, known, share, stands, after, own)
-        numbers = torch.arange(archived, archived + count, device=share.device) % slots
         index_at = torch.arange(archived, archived + count) % slots
+        numbers = index_at.to(share.device)
         if count:
             fresh = Stands(stands.parents[:, :, old : old + count], stands.before[:, :, old : old + count])
             here = torch.arange(count, device=share.device).expand_as(fresh.parents)
@@ -260,9 +323,9 @@ class Archive:
         there = torch.zeros(slots, dtype=torch.bool, device=share.device)
         total = archived + count
         there[torch.arange(max(0, total - cap), total, device=share.device) % slots] = True
-        itself = torch.zeros_like(known)
+        closed = torch.zeros_like(known)
         if middle.length:
-            itself = own.gather(2, representative.clamp_min(0)) & (representative >= 0)
+            closed = own.gather(2, representative.clamp_min(0)) & (representative >= 0)
         basis, mean, step = rows.basis, rows.mean, rows.step
         unrotated = tokens.keys.float()
         if rope is not None and rope.rotates:
@@ -273,10 +336,19 @@ class Archive:
             basis, mean, step = _fitted(every, self.config.recall_rank, self.shelves.floating)
         codes = _coded(unrotated, basis, mean, step, self.shelves.floating)
         self.shelves.write(shelf, batch, index_at, tokens, codes, moved)
+        if middle.length and total:
+            # What returned to the middle by another way than through its representative: promoted, or replayed.
+            numbers = torch.arange(max(0, total - cap), total) % slots
+            at, found = self.shelves.slots_of(batch, numbers, middle.pos + moved)
+            found = found & own
+            here = torch.arange(middle.length, device=share.device).expand_as(at)
+            closed = _put(closed, at, found, True)
+            representative = _put(representative, at, found, here)
+            share = _put(share, at, found, 1.0)
         return Links(
             share=share.to(rows.share.dtype),
             representative=representative.to(rows.representative.dtype),
-            open=there & ~itself,
+            open=there & ~closed,
             basis=basis,
             mean=mean,
             step=step,
@@ -294,6 +366,14 @@ def _followed(
     # What is still held as it was stands for itself, whatever it draws.
     share = torch.where(own.gather(2, slot), 1.0, share)
     return torch.where(known, share, 0.0), torch.where(known, slot, -1)
+
+
+def _put(own: torch.Tensor, at: torch.Tensor, picked: torch.Tensor, new: torch.Tensor | float | bool) -> torch.Tensor:
+    """`own [rows, kv_heads, slots]` with `new` in the slots `at [rows, kv_heads, n]`, where `picked`."""
+    wide = torch.nn.functional.pad(own, (0, 1))
+    at = torch.where(picked, at, own.shape[2])
+    new = new if isinstance(new, torch.Tensor) else torch.full_like(at, new, dtype=own.dtype)
+    return wide.scatter(2, at, new.to(own.dtype))[:, :, :-1]
 
 
 def _fitted(keys: torch.Tensor, rank: int, floating: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,6 +120,21 @@ class Shelves:
         self.rotated[which, at.to(self.device)] = pos
         self.pos[which, at.to(self.device)] = pos + moved
 
+    def slots_of(self, batch: Sequence[int], live: torch.Tensor, pos: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The slots of the tokens at true positions `pos [layers * batch, kv_heads, n]`, and whether each was found.
+
+        Args:
+            batch: the rows' numbers in the batch; live: slots in use, oldest token first.
+        """
+        live = live.to(self.device)
+        known = self.pos[torch.tensor(list(batch), device=self.device)][:, live]
+        rows = pos.unflatten(0, (-1, len(batch)))
+        wanted = rows.transpose(0, 1).flatten(1)
+        at = torch.searchsorted(known.contiguous(), wanted.contiguous()).clamp(max=len(live) - 1)
+        found = known.gather(1, at) == wanted
+        shape = rows.transpose(0, 1).shape[1:]
+        return tuple(own.unflatten(1, shape).transpose(0, 1).flatten(0, 1) for own in (live[at], found))
+
     def read(self, start: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values in `slots [rows, kv_heads, n]` of the rows from `start` on, on the device."""
         return tuple(
@@ -144,6 +160,20 @@ class Shelves:
         new = tensor.new_full((*tensor.shape[:2], self.slots), fill)
         _relay(tensor, new, slots, archived, cap)
         return new
+
+    def as_dict(self, rows: slice, used: int) -> dict[str, Any]:
+        """The first `used` slots of some rows, as tensors by name; see `fill`."""
+        kept = {name: [own[rows, :, :used] for own in getattr(self, name)] for name in ("keys", "values")}
+        return {**kept, "codes": self.codes[rows, :, :used], "pos": self.pos[:, :used], "rotated": self.rotated[:, :used]}
+
+    def fill(self, told: dict[str, Any]) -> None:
+        """Take what `as_dict` told into the first slots, in place."""
+        for name in ("keys", "values"):
+            for own, new in zip(getattr(self, name), told[name], strict=True):
+                own[:, :, : new.shape[2]] = new
+        self.codes[:, :, : told["codes"].shape[2]] = told["codes"]
+        for name in ("pos", "rotated"):
+            getattr(self, name)[:, : told[name].shape[1]] = told[name]
 
     def select(self, rows: torch.Tensor, batch: Sequence[int] | None, device: torch.device | None = None) -> Shelves:
         """A copy with rows `rows` of the tensors, and `batch` of the positions (None for all)."""
@@ -175,11 +205,12 @@ def _relay(own: torch.Tensor, new: torch.Tensor, slots: int, archived: Sequence[
     """Copy `own [rows, ..., slots, ...]`, number `n` of which is in slot `n % slots`, to where its numbers are in `new`."""
     axis = 1 if own.dim() == 2 else 2
     more = new.shape[axis]
-    if max(archived, default=0) <= slots:
-        new.narrow(axis, 0, slots).copy_(own)
+    if max(archived, default=0) <= min(slots, more):
+        used = min(slots, more)
+        new.narrow(axis, 0, used).copy_(own.narrow(axis, 0, used))
         return
-    total = torch.tensor(list(archived), device=own.device)[:, None]
-    at = torch.arange(more, device=own.device)
+    # On the host, so that an accelerator is not asked where they are.
+    total, at = torch.tensor(list(archived))[:, None], torch.arange(more)
     number = total - 1 - (total - 1 - at) % more
     there = (number >= (total - cap).clamp_min(0)) & (number >= 0)
     copies = own.shape[0] // len(archived)
@@ -187,7 +218,8 @@ def _relay(own: torch.Tensor, new: torch.Tensor, slots: int, archived: Sequence[
     there = there.repeat(copies, 1)
     for row in range(own.shape[0]):
         chosen = there[row].nonzero()[:, 0]
-        new[row].index_copy_(axis - 1, chosen, own[row].index_select(axis - 1, source[row, chosen]))
+        taken = own[row].index_select(axis - 1, source[row, chosen].to(own.device))
+        new[row].index_copy_(axis - 1, chosen.to(own.device), taken)
 
 
 def _gathered(own: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

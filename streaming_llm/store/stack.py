@@ -357,6 +357,14 @@ class Stack:
         start = self.layers.index(layer) * self.batch
         return None if self.archive is None else self.archive.part(start, start + self.batch)
 
+    @property
+    def archived_tokens(self) -> int:
+        """Tokens in the archive, over layers, rows and heads."""
+        if self.archive is None:
+            return 0
+        there = sum(min(row.archived, self.archive.config.recall_tokens) for row in self.rows)
+        return there * len(self.layers) * self.tokens.keys.shape[1]
+
     def with_archive_room(self, new: int) -> Stack:
         """The stack whose archive has room for `new` more tokens of each row."""
         if self.archive is None:
@@ -460,5 +468,5 @@ class Stack:
             "query_window": queries,
             "originals": sum(state.nbytes for name, state in states.items() if name == "originals"),
             "modules": sum(state.nbytes for name, state in states.items() if name != "originals"),
-            **({"archive": 0, "index": 0} if self.archive is None else self.archive.nbytes),
+            **({} if self.archive is None else self.archive.nbytes),
         }

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..attend.recall import Recalled, closed_up, positions_of, recall, turned_queries
+from ..attend.recall import Recalled, chosen, closed_up, lighter, turned_queries
+from ..compaction.counts import Counts
 from ..data.queries import Queries
 from ..data.tokens import WeightedTokens, concatenate
 from ..store.stack import Row, Stack, true_first
@@ -113,6 +114,7 @@ class StackPass:
         self.unanswered: set[int] = set()
         self._biases: dict[tuple[torch.dtype, int], torch.Tensor] = {}
         self.recalled: dict[int, Recalled] = {}
+        self.counts = Counts()
         if self.overflows:
             # Once for all layers, so that their parts are of the same shelves.
             self.stack = self.stack.with_archive_room(self._most_leaving())
@@ -222,7 +224,7 @@ class StackPass:
             self._biases[dtype, groups] = self._grouped(self.stack.tokens.beta[:, :, : self.stop], groups, dtype, lowest)
         return self.stack.of_layer(layer, self._biases[dtype, groups])
 
-    def recall(self, layer: int, query: torch.Tensor) -> Recalled | None:
+    def recall(self, layer: int, query: torch.Tensor, scale: float) -> Recalled | None:
         """What a layer's queries `[batch, heads, new, head_dim]` attend to beside what it holds; None for nothing."""
         stack, config, archive = self.stack, self.stack.config, self.stack.archive_of(layer)
         if archive is None or not config.recall_budget:
@@ -233,21 +235,18 @@ class StackPass:
             return None
         most = max(config.recall_budget, config.recall_chunk_budget)
         budgets = [min(config.recall_budget * max(count, 1), most) for count in self.arrival.counts]
-        found = recall(
-            archive,
-            live,
-            query,
-            turned_queries(query, self.position_ids, stack.rope),
-            self.real,
-            budgets,
-            config.dynamic_start_size,
-            max(row.width for row in stack.rows),
-        )
+        turned = turned_queries(query, self.position_ids, stack.rope)
+        best = archive.scores(turned, scale, live, self.real)
+        slots, picked = chosen(best, budgets)
+        keys, values, share, representative = archive.read(slots)
+        first = config.dynamic_start_size
         if stack.rope is not None and stack.rope.rotates and any(row.moved for row in stack.rows):
-            pos, rotated = positions_of(archive, found.slots, [row.moved for row in stack.rows])
-            found.keys = stack.rope.move(found.keys, rotated, closed_up(pos, found.picked, config.dynamic_start_size))
-        self.recalled[layer] = found
-        return found
+            pos, rotated = archive.positions(slots, [row.moved for row in stack.rows])
+            keys = stack.rope.move(keys, rotated, closed_up(pos, picked, first))
+        less = lighter(share, representative, picked, max(row.width for row in stack.rows))
+        self.counts += Counts(asked=picked.shape[0] * picked.shape[1], recalled=picked.sum())
+        self.recalled[layer] = Recalled(keys, values, picked, slots, less, first, query.detach())
+        return self.recalled[layer]
 
     def _most_leaving(self) -> int:
         """The most tokens that any row's recent window loses by this pass."""
@@ -382,7 +381,8 @@ class StackPass:
         stack, arrival = self.stack, self.arrival
         tail = stack.tail + arrival.new if arrival.real is None else arrival.tail
         if self.singles:
-            return dataclasses.replace(Stack.join([self.singles[layer] for layer in stack.layers]), tail=tail)
+            joined = Stack.join([self.singles[layer] for layer in stack.layers])
+            return dataclasses.replace(joined, tail=tail, counts=joined.counts + self.counts)
         rows = tuple(self._row(row, count) for row, count in zip(stack.rows, arrival.counts, strict=True))
         return dataclasses.replace(
             stack,
@@ -393,6 +393,7 @@ class StackPass:
             seen=stack.seen + arrival.new,
             tail=tail,
             real=self._columns_after(),
+            counts=stack.counts + self.counts,
         )
 
     def _row(self, row: Row, count: int) -> Row:

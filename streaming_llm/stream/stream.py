@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..attend.recall import Recalled
 from ..compressors import get_compressor
 from ..config import ADMSConfig
 from ..data.padding import MaskChange
@@ -88,6 +89,8 @@ class Stream:
         self.next_trades: tuple[int, ...] = ()
         self.window.reset()
         self.open: Pass | None = None
+        # What the last pass recalled, by layer.
+        self.read: dict[int, Recalled] = {}
         self.records_past = False
         # Tokens were to be removed that had been compacted already; see `ADMSLayer.keys`.
         self.cut = False
@@ -327,6 +330,7 @@ class Stream:
         # From here on nothing is computed any more.
         self.stacks = sorted(stacks, key=lambda own: own.layers)
         self.next_trades, self.window, self.open = done.next_trades, done.window, None
+        self.read = {layer: found for part in done.parts for layer, found in part.recalled.items()}
 
     def check(self) -> None:
         """Raise what `commit` would, of a pass that is over and only waits for a crop."""
@@ -367,7 +371,7 @@ class Stream:
     def pick(self, rows: Sequence[int]) -> None:
         """Row `i` becomes what row `rows[i]` was; no pass is open."""
         stacks = [stack.pick(rows) for stack in self.stacks]
-        self.stacks = stacks
+        self.stacks, self.read = stacks, {}
         self.next_trades = tuple(self.next_trades[row] for row in rows) if self.next_trades else ()
         self.window.pick(rows)
 

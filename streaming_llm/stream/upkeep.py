@@ -215,9 +215,9 @@ class Upkeep:
     @staticmethod
     def _leaving(stack: Stack, row: Row) -> int:
         """Tokens of a row that have left the recent window since the last compaction."""
-        return max(
-            0, row.length - stack.config.dynamic_start_size - stack.config.recent_size - row.width * bool(row.compactions)
-        )
+        fixed = stack.config.dynamic_start_size + stack.config.recent_size
+        leaving = row.length - fixed - (row.width if row.compactions else 0)
+        return min(max(0, leaving), stack.config.recall_tokens)
 
     def _archived(self, stack: Stack, which: Sequence[int], held: WeightedTokens, result: Compacted, leaving: int) -> Links:
         """What the archive knows of equal rows now; what left their recent window is on its shelves."""
