@@ -243,6 +243,8 @@ class Sizes:
         """Raise `ValueError` where `rank` exceeds the heads' dimension and the compressor uses it."""
         if self.compressor_type == "low_rank" and self.rank > head_dim:
             raise ValueError(f"rank={self.rank} must not exceed the model's head_dim={head_dim}")
+        if self.enable_recall and self.recall_rank > head_dim:
+            raise ValueError(f"recall_rank={self.recall_rank} must not exceed the model's head_dim={head_dim}")
 
 
 @dataclass(frozen=True)

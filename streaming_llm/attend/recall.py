@@ -11,11 +11,13 @@ a choice for each query, arXiv 2604.08426 codes of every key where averages of s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..data.rope import Rope
+from ..data.tokens import gather_tokens
 
 # The distance at which all archived keys are compared with a query: of those tried (64, 512, 2,048) the best.
 DISTANCE = 512
@@ -63,7 +65,12 @@ class Recalled:
 
 
 def best_scores(
-    codes: torch.Tensor, asked: torch.Tensor, scale: float, open: torch.Tensor, real: torch.Tensor | None
+    codes: torch.Tensor,
+    asked: torch.Tensor,
+    scale: float,
+    open: torch.Tensor,
+    live: Sequence[int],
+    real: torch.Tensor | None,
 ) -> torch.Tensor:
     """The largest log-probability that any query gives each archived token, up to one constant, float32.
 
@@ -75,6 +82,7 @@ def best_scores(
         asked: queries in the codes' directions, float32 `[batch, kv_heads, queries, rank]`.
         scale: what logits are multiplied by.
         open: which tokens may be recalled, bool `[batch, kv_heads, tokens]`.
+        live: slots each row uses, of which the sample is taken: no row's choice depends on another row.
         real: which of the queries count, bool `[batch, queries]`; None where all do.
 
     Returns:
@@ -83,8 +91,8 @@ def best_scores(
     kind = codes.dtype if codes.dtype.is_floating_point else torch.bfloat16
     asked = (asked * scale).to(kind).transpose(-1, -2)
     tokens = codes.shape[2]
-    step = -(-tokens // _SAMPLED)
-    sample = (codes[:, :, ::step].to(kind) @ asked).float().masked_fill(~open[:, :, ::step, None], -torch.inf)
+    some, may = _sample(codes, open, live)
+    sample = (some.to(kind) @ asked).float().masked_fill(~may[..., None], -torch.inf)
     # Where none of the sample may be recalled the query counts with what it gives.
     normaliser = torch.nan_to_num(sample.logsumexp(2, keepdim=True), neginf=0.0)
     if real is not None:
@@ -95,6 +103,18 @@ def best_scores(
         scores = codes[:, :, start : start + block].to(kind) @ asked
         best.append((scores - normaliser).amax(-1))
     return torch.cat(best, dim=2).masked_fill(~open, -torch.inf)
+
+
+def _sample(codes: torch.Tensor, open: torch.Tensor, live: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every so many codes of each row, at most `_SAMPLED`, and which of them may be recalled."""
+    if all(own == live[0] for own in live):
+        step = max(1, -(-live[0] // _SAMPLED))
+        return codes[:, :, ::step], open[:, :, ::step]
+    steps = torch.tensor([max(1, -(-own // _SAMPLED)) for own in live])[:, None]
+    at = torch.arange(_SAMPLED) * steps
+    within = (at < torch.tensor(list(live))[:, None])[:, None].to(codes.device)
+    at = at.clamp(max=codes.shape[2] - 1).to(codes.device)[:, None].expand(-1, codes.shape[1], -1)
+    return gather_tokens(codes, at), gather_tokens(open, at) & within
 
 
 def chosen(best: torch.Tensor, budgets: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,6 +143,8 @@ def lighter(share: torch.Tensor, representative: torch.Tensor, picked: torch.Ten
     Returns:
         `[batch, kv_heads, middle]`; `-inf` where nothing is left.
     """
+    if not middle:
+        return share.new_zeros(*share.shape[:2], 0, dtype=torch.float32)
     share = share.float() * (picked & (representative >= 0))
     gone = share.new_zeros(*share.shape[:2], middle).scatter_add_(2, representative.clamp_min(0), share)
     return torch.log1p(-gone.clamp(0.0, 1.0))

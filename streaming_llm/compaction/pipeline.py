@@ -28,6 +28,7 @@ from .dual_fidelity import make_sketches, promote
 from .memory import Memory
 from .originals import Originals, is_original
 from .replay import replay, replay_count, spectral_energy
+from .trace import Trace, left_of
 
 # The controller measures each of a layer's first compactions, then one in so many.
 _MEASURED_FIRST, _MEASURED_EVERY = 8, 4
@@ -74,17 +75,13 @@ class Compacted:
         tokens: sinks, `width` slots of middle and recent window, one after the other.
         memory: what the modules remember now.
         counts: what was done.
-        parents: slot of the middle that each candidate is in, int64 `[rows, kv_heads, candidates]`, -1 for none; None where
-            `Plan.traces` did not ask.
-        before, after: attention mass of the candidates and of the middle's slots, likewise.
+        trace: what became of the candidates; None where `Plan.traces` did not ask.
     """
 
     tokens: WeightedTokens
     memory: Memory
     counts: Counts
-    parents: torch.Tensor | None = None
-    before: torch.Tensor | None = None
-    after: torch.Tensor | None = None
+    trace: Trace | None = None
 
 
 def compact(source: WeightedTokens, queries: Queries | None, memory: Memory, plan: Plan) -> Compacted:
@@ -105,9 +102,7 @@ class _Compaction:
         self.plan, self.memory, self.queries = plan, memory, queries
         self.config, self.counts = plan.config, Counts()
         # What became of each candidate so far, where that is asked for.
-        self.parents: torch.Tensor | None = None
-        # Where each candidate is once originals have returned among them; None where none did.
-        self.places: torch.Tensor | None = None
+        self.trace: Trace | None = None
 
     def run(self, source: WeightedTokens) -> Compacted:
         """See `compact`."""
@@ -124,6 +119,8 @@ class _Compaction:
             last += spare.length
         before, mass = self._measured_output(source), source.slice(first, last).mass.sum(-1)
         tokens = source.slice(first, last)
+        if plan.traces:
+            self.trace = Trace.unknown(tokens, plan.width)
         middle = self._middle(source, tokens, first) if plan.width else tokens.slice(0, 0)
         self._count(tokens, middle)
         sinks = dataclasses.replace(sinks, tier=torch.full_like(sinks.tier, SINK))
@@ -132,11 +129,7 @@ class _Compaction:
         if before is not None:
             energy = reconstruction_energy(before, attention_output(self._asked(QUERY_STEP), result))
             update_controller(self.memory.controller, energy, mass, self.config.controller_gain)
-        traced = {}
-        if self.plan.traces:
-            before, after = (part.mass if self.plan.log_mass else part.count.float() for part in (tokens, middle))
-            traced = {"parents": self._traced(tokens, middle), "before": before, "after": after}
-        return Compacted(result, self.memory, self.counts, **traced)
+        return Compacted(result, self.memory, self.counts, self.trace)
 
     def _asked(self, step: int) -> Queries:
         """A sample of the queries that have seen all candidates: those of the recent window."""
@@ -155,37 +148,31 @@ class _Compaction:
         budget = self._budget(tokens)
         if self.memory.originals is not None:
             return self._with_originals(source, tokens, first, budget)
-        middle, self.parents = self._compressed(source, tokens, first, budget)
+        middle, parents = self._compressed(source, tokens, first, budget)
+        if self.trace is not None and parents is not None:
+            self.trace.parents = parents
         middle, moved = self._placed(middle)
         if moved:
             order = torch.where(middle.valid, middle.pos, torch.inf).argsort(dim=2, stable=True)
             middle = middle.gather(order)
-            self._reordered(order)
+            if self.trace is not None:
+                self.trace.reordered(order)
         return middle
-
-    def _reordered(self, order: torch.Tensor) -> None:
-        """The slots that `parents` names were put into another order."""
-        if self.parents is not None:
-            self.parents = order.argsort(dim=2).gather(2, self.parents)
-
-    def _traced(self, tokens: WeightedTokens, middle: WeightedTokens) -> torch.Tensor:
-        """Slot of the middle that each of the candidates `tokens` is in; -1 for those nobody knows of."""
-        if self.parents is None or not middle.length:
-            return torch.full_like(tokens.count, -1, dtype=torch.int64)
-        return self.parents
 
     def _with_originals(self, source: WeightedTokens, tokens: WeightedTokens, first: int, budget: Budget) -> WeightedTokens:
         """What returns from the originals is a candidate like any other; what overflows the precision tier becomes sketches;
         what was compressed too badly is replayed."""
         config, originals, log_mass = self.config, self.memory.originals, self.plan.log_mass
         sketches, replay_slots = config.sketch_budget, config.replay_budget
-        pool = tokens
+        pool, candidates, places = tokens, tokens, None
         if sketches and config.promotion_budget and config.sketch_originals:
             room = min(originals.slots, max(2 * config.promotion_budget, int(budget.least * _RETURNED_SHARE)))
             tokens, returned, promoted = promote(tokens, originals, config.promotion_budget, room, log_mass)
             self.counts.promotions = promoted.sum()
             pool, order = _in_order(concatenate([tokens, returned]), originals)
-            self.places = order.argsort(dim=2)[:, :, : tokens.length]
+            places = order.argsort(dim=2)
+            if self.trace is not None:
+                self.trace.with_returned(candidates, tokens, returned)
         budget = budget.spread_over(pool.beta)
         if replay_slots:
             # Slots the replay tier has no use for are the precision tier's until it does.
@@ -205,10 +192,16 @@ class _Compaction:
         if replay_slots:
             middle = self._replayed(middle, energy)
         middle, _ = self._placed(middle)
-        if traced:
-            self.parents = parents if self.places is None else parents.gather(2, self.places)
+        if self.trace is not None:
+            if traced:
+                self.trace.parents = parents if places is None else parents.gather(2, places)
+            else:
+                self.trace = Trace.unknown(candidates, middle.length)
+            if self.trace.left.shape[2] != middle.length:
+                self.trace.left = torch.ones_like(middle.mass)
         middle, order = _in_order(middle, originals, self.plan.width)
-        self._reordered(order)
+        if self.trace is not None:
+            self.trace.reordered(order, self.plan.width)
         return middle
 
     def _compressed(
@@ -353,7 +346,10 @@ class _Compaction:
         wanted = replay_count(energy, config.energy_replay_threshold, config.replay_budget)
         count = torch.minimum(wanted, state.reserved)
         state.reserved.copy_(torch.where(wanted > 0, config.replay_budget, 0))
+        before = middle
         middle, back = replay(middle, self.memory.originals, count, config.replay_budget, self.plan.log_mass)
+        if self.trace is not None:
+            self.trace.left = torch.cat([left_of(before, middle), torch.ones_like(back.mass)], dim=2)
         self.counts.replay_triggers = back.valid.any(-1).sum()
         self.counts.replayed = back.valid.sum()
         return concatenate([middle, back])

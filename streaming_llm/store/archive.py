@@ -13,12 +13,13 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ..attend.recall import best_scores
 from ..compaction.originals import is_original
+from ..compaction.trace import Trace
 from ..config import ADMSConfig
 from ..data.rope import Rope
 from ..data.tokens import WeightedTokens
@@ -35,18 +36,6 @@ _FITTED_KEYS = 2048
 _PER_TOKEN = {"share": 0, "representative": -1, "open": False}
 
 logger = logging.getLogger("streaming_llm")
-
-
-class Stands(NamedTuple):
-    """Where a compaction left what it was given, `[rows, kv_heads, candidates]`.
-
-    Attributes:
-        parents: slot of the middle that each candidate is in now, int64; -1 for none.
-        before: attention mass of each candidate.
-    """
-
-    parents: torch.Tensor
-    before: torch.Tensor
 
 
 @dataclass
@@ -203,8 +192,8 @@ class Archive:
 
     # -- what is found and read ------------------------------------------------------------------------------------------
 
-    def scores(self, query: torch.Tensor, scale: float, live: int, real: torch.Tensor | None) -> torch.Tensor:
-        """`best_scores` of the tokens in the first `live` slots, `[batch, kv_heads, live]`.
+    def scores(self, query: torch.Tensor, scale: float, live: Sequence[int], real: torch.Tensor | None) -> torch.Tensor:
+        """`best_scores` of the tokens in the slots that rows use (`live` of each), `[batch, kv_heads, longest]`.
 
         Args:
             query: `[batch, heads, new, head_dim]`, turned to one distance; scale: what logits are multiplied by.
@@ -214,8 +203,9 @@ class Archive:
         groups = query.shape[1] // heads
         asked = query.unflatten(1, (heads, groups)).flatten(2, 3).float() @ links.basis * links.step
         real = None if real is None else real.repeat(1, groups)
-        codes = self.shelves.codes[self.start : self.start + self.rows, :, :live]
-        return best_scores(codes, asked, scale, links.open[:, :, :live], real)
+        longest = max(live)
+        codes = self.shelves.codes[self.start : self.start + self.rows, :, :longest]
+        return best_scores(codes, asked, scale, links.open[:, :, :longest], live, real)
 
     def read(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys, values, shares and representatives of the tokens in `slots [batch, kv_heads, n]`."""
@@ -278,8 +268,7 @@ class Archive:
         held: WeightedTokens,
         new: slice,
         middle: WeightedTokens,
-        after: torch.Tensor,
-        stands: Stands,
+        trace: Trace,
         old: int,
         rope: Rope | None,
     ) -> Links:
@@ -290,8 +279,7 @@ class Archive:
             archived: tokens of each row that were archived before.
             moved: by how much positions were moved since the stream began.
             held: all tokens before the compaction; `new`: those of them that are to be archived.
-            middle: the middle now; after: the attention mass of its tokens.
-            stands: what became of the candidates, of which the first `old` were the middle before.
+            middle: the middle now; trace: what became of the candidates, of which the first `old` were the middle before.
             rope: how keys turn with position.
 
         Returns:
@@ -299,33 +287,33 @@ class Archive:
         last are archived.
         """
         rows = self.links if index is None else self.links.map(lambda own: own.index_select(0, index))
-        slots, cap = self.slots, self.config.recall_tokens
+        slots, cap, device = self.slots, self.config.recall_tokens, held.keys.device
         old, new = old + max(0, new.stop - new.start - cap), slice(max(new.start, new.stop - cap), new.stop)
         count = new.stop - new.start
         tokens = held.map(lambda tensor: tensor[:, :, new])
-        share, representative = rows.share.float(), rows.representative.long()
-        known = representative >= 0
-        at = representative.clamp_min(0)
-        own = is_original(middle)
-        if middle.length:
-            share, representative = _followed(at, known, share, stands, after, own)
         index_at = torch.arange(archived, archived + count) % slots
-        numbers = index_at.to(share.device)
+        # Until it is followed an archived token's representative is one of the candidates.
+        share, among = rows.share.float(), rows.representative.long()
+        here = torch.arange(old, old + count, device=device)
         if count:
-            fresh = Stands(stands.parents[:, :, old : old + count], stands.before[:, :, old : old + count])
-            here = torch.arange(count, device=share.device).expand_as(fresh.parents)
-            ones = torch.ones_like(fresh.before)
-            first_share, first = ones * 0, here * 0 - 1
-            if middle.length:
-                first_share, first = _followed(here, ones > 0, ones, fresh, after, own)
-            share = share.index_copy(2, numbers, first_share)
-            representative = representative.index_copy(2, numbers, first)
+            at = index_at.to(device)
+            share = share.index_fill(2, at, 1.0)
+            among = among.index_copy(2, at, here.expand(*among.shape[:2], -1))
+        live = torch.arange(max(0, archived - cap), archived) % slots
+        if trace.returned.shape[2] and archived:
+            at, found = self.shelves.slots_of(batch, live, trace.returned + moved)
+            found = found & trace.there
+            candidates = trace.parents.shape[2]
+            own = torch.arange(candidates - trace.returned.shape[2], candidates, device=device).expand_as(at)
+            share = share / trace.rest.gather(2, among.clamp(0, trace.rest.shape[2] - 1)).clamp_min(_TINY)
+            among, share = _put(among, at, found, own), _put(share, at, found, 1.0)
+        share, representative = _followed(among, share, trace, middle)
         there = torch.zeros(slots, dtype=torch.bool, device=share.device)
         total = archived + count
         there[torch.arange(max(0, total - cap), total, device=share.device) % slots] = True
-        closed = torch.zeros_like(known)
+        closed = representative >= 0
         if middle.length:
-            closed = own.gather(2, representative.clamp_min(0)) & (representative >= 0)
+            closed = closed & is_original(middle).gather(2, representative.clamp_min(0))
         basis, mean, step = rows.basis, rows.mean, rows.step
         unrotated = tokens.keys.float()
         if rope is not None and rope.rotates:
@@ -340,7 +328,7 @@ class Archive:
             # What returned to the middle by another way than through its representative: promoted, or replayed.
             numbers = torch.arange(max(0, total - cap), total) % slots
             at, found = self.shelves.slots_of(batch, numbers, middle.pos + moved)
-            found = found & own
+            found = found & is_original(middle)
             here = torch.arange(middle.length, device=share.device).expand_as(at)
             closed = _put(closed, at, found, True)
             representative = _put(representative, at, found, here)
@@ -356,15 +344,16 @@ class Archive:
 
 
 def _followed(
-    at: torch.Tensor, known: torch.Tensor, share: torch.Tensor, stands: Stands, after: torch.Tensor, own: torch.Tensor
+    among: torch.Tensor, share: torch.Tensor, trace: Trace, middle: WeightedTokens
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shares and representatives of tokens that candidates `at [rows, kv_heads, n]` stood for with `share`."""
-    parents = stands.parents.gather(2, at)
-    known = known & (parents >= 0)
+    """Shares and representatives of tokens whose representatives were the candidates `among [rows, kv_heads, n]`."""
+    if not middle.length:
+        return torch.zeros_like(share), torch.full_like(among, -1)
+    at = among.clamp_min(0)
+    parents = trace.parents.gather(2, at)
     slot = parents.clamp_min(0)
-    share = (share * stands.before.gather(2, at) / after.gather(2, slot).clamp_min(_TINY)).clamp(0.0, 1.0)
-    # What is still held as it was stands for itself, whatever it draws.
-    share = torch.where(own.gather(2, slot), 1.0, share)
+    share = (share * trace.shares().gather(2, at) / trace.left.gather(2, slot).clamp_min(_TINY)).clamp(0.0, 1.0)
+    known = (among >= 0) & (parents >= 0)
     return torch.where(known, share, 0.0), torch.where(known, slot, -1)
 
 

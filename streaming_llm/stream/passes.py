@@ -230,8 +230,8 @@ class StackPass:
         if archive is None or not config.recall_budget:
             return None
         # Where the ring has turned, what is left is anywhere in it.
-        live = min(archive.slots, max(row.archived for row in stack.rows))
-        if not live:
+        live = [min(archive.slots, row.archived) for row in stack.rows]
+        if not any(live):
             return None
         most = max(config.recall_budget, config.recall_chunk_budget)
         budgets = [min(config.recall_budget * max(count, 1), most) for count in self.arrival.counts]

@@ -21,7 +21,7 @@ from ..config import ADMSConfig
 from ..data.queries import Queries
 from ..data.tokens import WeightedTokens, lightened
 from ..maths.importance import attention_logits, attention_statistics, less_drawn
-from ..store.archive import Links, Stands
+from ..store.archive import Links
 from ..store.stack import Part, Row, Stack
 
 # Of a prefill's queries before its last window, every fourth is scored: nearly as telling, at a quarter of the cost.
@@ -222,9 +222,7 @@ class Upkeep:
     def _archived(self, stack: Stack, which: Sequence[int], held: WeightedTokens, result: Compacted, leaving: int) -> Links:
         """What the archive knows of equal rows now; what left their recent window is on its shelves."""
         row, first = stack.rows[which[0]], stack.config.dynamic_start_size
-        last, old = row.length - stack.config.recent_size, row.width * bool(row.compactions)
-        candidates = last - first
-        stands = Stands(result.parents[:, :, :candidates], result.before[:, :, :candidates])
+        last = row.length - stack.config.recent_size
         return stack.archive.compacted(
             stack.index(which),
             which,
@@ -233,9 +231,8 @@ class Upkeep:
             held,
             slice(last - leaving, last),
             result.tokens.slice(first, result.tokens.length - stack.config.recent_size),
-            result.after,
-            stands,
-            old,
+            result.trace,
+            row.width if row.compactions else 0,
             stack.rope,
         )
 
