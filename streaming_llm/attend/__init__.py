@@ -1,0 +1,1 @@
+"""Attention over weighted tokens; nothing here knows who holds them."""
