@@ -16,7 +16,7 @@ from .model.enable import (
     enable_streaming_llm,
 )
 from .model.families import SUPPORTED_MODEL_TYPES
-from .stream.passes import NonFiniteError
+from .stream.arrival import NonFiniteError
 
 __version__ = "0.1.0"
 

@@ -17,8 +17,9 @@ from .data.autograd import unrecorded
 from .data.padding import Stretches, known_figures, mask_change, mask_figures, with_columns
 from .layer import ADMSLayer
 from .seen import SeenTokens, ids_of
-from .stream.passes import Arrival
-from .stream.stream import Pass, Stream
+from .stream.arrival import Arrival
+from .stream.passes import Pass
+from .stream.stream import Stream
 
 
 class ForwardMixin:

@@ -12,57 +12,18 @@ A pass that is dropped instead has never been.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from ..data.queries import Queries
 from ..data.tokens import WeightedTokens, concatenate
-from ..store.stack import Row, Stack, true_first
+from ..store.row import Row
+from ..store.stack import Stack, true_first
+from .arrival import Arrival, NonFiniteError
+from .positions import PositionWindow
 from .upkeep import Upkeep
-
-
-class NonFiniteError(ValueError):
-    """Keys or values with NaN or infinity were given to the cache; it is as it was before."""
-
-    @classmethod
-    def of(cls, stack: Stack) -> NonFiniteError:
-        """What was to go into a stack is NaN or infinity in the dtype it holds."""
-        # Of two dtypes what was too large was so for the narrower.
-        dtype = min(stack.tokens.keys.dtype, stack.tokens.values.dtype, key=lambda own: torch.finfo(own).max)
-        return cls(f"key_states or value_states hold NaN or infinity in {dtype}: the cache takes finite numbers")
-
-
-@dataclass
-class Arrival:
-    """What a pass brings, beside keys and values, the same for all layers.
-
-    Attributes:
-        new: tokens, padding counted.
-        positions: position ids `[batch or 1, new]`, None to count on from the last.
-        real: which are no padding, bool `[batch, new]`, None when all are.
-        counts: how many of each row are.
-        masked: whether the model was given a padding mask for all tokens seen.
-        tail: how many of the newest tokens are real in every row, where `real` is given.
-    """
-
-    new: int
-    counts: tuple[int, ...]
-    positions: torch.Tensor | None = None
-    real: torch.Tensor | None = None
-    masked: bool = False
-    tail: int = 0
-
-    def without(self, gone: int) -> Arrival:
-        """The same without the last `gone` tokens, which are real in every row."""
-        return dataclasses.replace(
-            self,
-            new=self.new - gone,
-            counts=tuple(count - gone for count in self.counts),
-            positions=None if self.positions is None else self.positions[:, : self.new - gone],
-            real=None if self.real is None else self.real[:, : self.new - gone],
-            tail=self.tail - gone,
-        )
 
 
 class StackPass:
@@ -406,3 +367,32 @@ class StackPass:
         start = min(row.length for row in self.stack.rows) if self.ragged else self.start
         own = self.stack.tokens
         return own.keys[:, :, start : self.stop].isfinite().all() & own.values[:, :, start : self.stop].isfinite().all()
+
+
+@dataclass
+class Pass:
+    """A forward pass under way.
+
+    Attributes:
+        arrival: what it brings.
+        stacks: as they were when it began, what was due done.
+        window: as `Stream.window` becomes.
+        next_trades: as `Stream.next_trades` become.
+        parts: what happened in each stack so far.
+        over: whether the forward is over and the pass only waits to be committed or cropped.
+        extra: what the cache knows of the pass beside, for `Stream.committed`.
+    """
+
+    arrival: Arrival
+    stacks: list[Stack]
+    window: PositionWindow
+    next_trades: tuple[int, ...]
+    parts: list[StackPass] = field(default_factory=list)
+    over: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def shifts(self, before: PositionWindow) -> list[tuple[int, int]]:
+        """Offsets of each row after and before the moves it made, as pairs."""
+        rows = max(len(self.window.offsets), len(before.offsets))
+        both = (own * rows if len(own) == 1 else own for own in (self.window.offsets, before.offsets))
+        return list(zip(*both, strict=True))
