@@ -72,6 +72,10 @@ class ADMSKVCache(
         profile: set to True to have `compaction_seconds` count the time compaction takes (waits for the device).
     """
 
+    # Given by session.py, which stands above: it wires the model that a file is loaded for.
+    save: Callable[..., None]
+    load: Callable[..., ADMSKVCache]
+
     def __init__(
         self,
         config: ADMSConfig | None = None,
