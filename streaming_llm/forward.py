@@ -18,7 +18,7 @@ from .data.padding import Stretches, known_figures, mask_change, mask_figures, w
 from .layer import ADMSLayer
 from .seen import SeenTokens, ids_of
 from .stream.arrival import Arrival
-from .stream.passes import Pass
+from .stream.forward_pass import Pass
 from .stream.stream import Stream
 
 

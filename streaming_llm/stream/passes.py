@@ -12,8 +12,6 @@ A pass that is dropped instead has never been.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -22,7 +20,6 @@ from ..data.tokens import WeightedTokens, concatenate
 from ..store.row import Row
 from ..store.stack import Stack, true_first
 from .arrival import Arrival, NonFiniteError
-from .positions import PositionWindow
 from .upkeep import Upkeep
 
 
@@ -367,32 +364,3 @@ class StackPass:
         start = min(row.length for row in self.stack.rows) if self.ragged else self.start
         own = self.stack.tokens
         return own.keys[:, :, start : self.stop].isfinite().all() & own.values[:, :, start : self.stop].isfinite().all()
-
-
-@dataclass
-class Pass:
-    """A forward pass under way.
-
-    Attributes:
-        arrival: what it brings.
-        stacks: as they were when it began, what was due done.
-        window: as `Stream.window` becomes.
-        next_trades: as `Stream.next_trades` become.
-        parts: what happened in each stack so far.
-        over: whether the forward is over and the pass only waits to be committed or cropped.
-        extra: what the cache knows of the pass beside, for `Stream.committed`.
-    """
-
-    arrival: Arrival
-    stacks: list[Stack]
-    window: PositionWindow
-    next_trades: tuple[int, ...]
-    parts: list[StackPass] = field(default_factory=list)
-    over: bool = False
-    extra: dict[str, Any] = field(default_factory=dict)
-
-    def shifts(self, before: PositionWindow) -> list[tuple[int, int]]:
-        """Offsets of each row after and before the moves it made, as pairs."""
-        rows = max(len(self.window.offsets), len(before.offsets))
-        both = (own * rows if len(own) == 1 else own for own in (self.window.offsets, before.offsets))
-        return list(zip(*both, strict=True))

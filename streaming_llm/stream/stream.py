@@ -16,7 +16,8 @@ from ..data.rope import Rope
 from ..store.row import Row
 from ..store.stack import Stack
 from .arrival import Arrival, NonFiniteError
-from .passes import Pass, StackPass
+from .forward_pass import Pass
+from .passes import StackPass
 from .positions import PositionWindow
 from .ranks import Ranks
 from .trading import FIRST_TRADE, next_trade, runs, traded
