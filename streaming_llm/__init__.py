@@ -9,14 +9,14 @@ from .data.queries import Queries
 from .data.tokens import WeightedTokens
 from .layer import ADMSLayer
 from .model.enable import (
-    SUPPORTED_MODEL_TYPES,
     disable_adms_llm,
     enable_adms_llm,
     enable_adms_low_rank,
     enable_adms_vq,
     enable_streaming_llm,
 )
-from .stream.passes import NonFiniteError
+from .model.families import SUPPORTED_MODEL_TYPES
+from .stream.arrival import NonFiniteError
 
 __version__ = "0.1.0"
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,18 +16,18 @@ from .compaction.controller import ControllerMixin
 from .compaction.dual_fidelity import DualFidelityMixin
 from .compaction.replay import ReplayMixin
 from .config import ADMSConfig
-from .data.autograd import unrecorded
-from .data.padding import Stretches, known_figures, mask_change, mask_figures, with_columns
+from .data.padding import Stretches
 from .data.rope import Rope
+from .forward import ForwardMixin
 from .layer import ADMSLayer
 from .recalled import RecalledMixin
-from .seen import SeenMixin, SeenTokens, ids_of
+from .rows import RowsMixin
+from .seen import SeenMixin, SeenTokens
 from .sizing import layer_windows
 from .stats import StatsMixin
-from .stream.passes import Arrival
 from .stream.positions import PositionWindow
 from .stream.ranks import Ranks
-from .stream.stream import Pass, Stream
+from .stream.stream import Stream
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +42,6 @@ def _without_log_mass(config: ADMSConfig) -> ADMSConfig:
     return dataclasses.replace(config, **off, sketch_budget=0, replay_budget=0, compressed_budget=config.middle_allocation)
 
 
-def _held_by_sliding(layer: DynamicSlidingWindowLayer) -> int:
-    """How many of the last tokens transformers' layer can take back, so that it still has its window."""
-    held = layer.keys.shape[2] if layer.is_initialized else 0
-    return held if held == layer.get_seq_length() else max(0, held - layer.sliding_window + 1)
-
-
 class ADMSKVCache(
     DualFidelityMixin,
     ReplayMixin,
@@ -59,6 +51,8 @@ class ADMSKVCache(
     StatsMixin,
     SeenMixin,
     RecalledMixin,
+    ForwardMixin,
+    RowsMixin,
     Cache,
 ):
     """A `transformers.Cache` that keeps a bounded, weighted set of tokens per (layer, KV head).
@@ -79,6 +73,10 @@ class ADMSKVCache(
     Attributes:
         profile: set to True to have `compaction_seconds` count the time compaction takes (waits for the device).
     """
+
+    # Given by session.py, which stands above: it wires the model that a file is loaded for.
+    save: Callable[..., None]
+    load: Callable[..., ADMSKVCache]
 
     def __init__(
         self,
@@ -215,250 +213,6 @@ class ADMSKVCache(
         self._hand, self._hand_counts, self._variances = {}, {}, {}
         self._length_override = None
         self.padding, self.seen_tokens = [], SeenTokens()
-
-    # -- around a forward pass (called by the hooks enable_adms_llm registers) --------------------------------------------
-
-    @unrecorded()
-    def begin_forward(
-        self,
-        positions: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        new: int,
-        batch: int,
-        device: torch.device,
-        tokens: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Take note of what is coming, make room for it, and move the window of positions on where it is due.
-
-        Args:
-            positions: the position ids the model would use, `[batch or 1, new]`, or None.
-            attention_mask: 2-D, 1 for real tokens, a column for each token seen and new, or for each new one only; or None.
-                What it changes of tokens seen holds from now on.
-            new: number of new tokens; batch: rows; device: where they are.
-            tokens: their ids `[batch, new]`, or embeddings; None where they are not known.
-
-        Returns:
-            `(positions, attention_mask)` for the model to use instead.
-
-        Raises:
-            ValueError: a mask or positions that can't be right; nothing has changed.
-        """
-        self._drop_unfinished()
-        self._end_recording()
-        seen = self.stream.seen
-        real, counts, tail, change = None, (new,) * batch, 0, None
-        only_new = False
-        if isinstance(attention_mask, torch.Tensor):
-            attention_mask, only_new = self._whole_mask(attention_mask, seen, new, batch)
-            if attention_mask is not None and attention_mask.dim() == 2:
-                real = attention_mask[:, -new:].bool()
-                figures = [real.flip(1).cumprod(1).sum(1).amin()[None], real.sum(1)]
-                if seen and not only_new and self.wired and batch == self.batch_size:
-                    figures.append(mask_figures(attention_mask[:, :seen], self.padding))
-                tail, *figures = torch.cat(figures).tolist()
-                counts, figures = figures[:batch], figures[batch:]
-                if figures and figures != known_figures(self.padding, batch):
-                    past = attention_mask[:, :seen].bool().cpu()
-                    change = mask_change(past, self.padding, self.stream.exact_lengths(), not self.stream.aligned)
-                if min(counts) == new:
-                    real = None
-        if only_new and seen:
-            # Counted from a mask of the new tokens alone, they would start at 0 again.
-            positions = None
-        window = self.window
-        # Where a mask takes tokens out, the next one's position is told, not counted.
-        first, last = window.span(positions, real, None if real is None and change is None else counts, new)
-        if positions is None and window.following is None and real is not None:
-            first, last = [0] * batch, [count - 1 for count in counts]
-        masked = isinstance(attention_mask, torch.Tensor)
-        arrival = Arrival(new, tuple(counts), None, real, masked, tail)
-        started = self.stream.begin(arrival, first, last, change)
-        following = window.following
-        counting = real is None and all(position == seen for position in (following or [0]))
-        arrival.positions = started.window.place(positions, real, first, new, counting, device)
-        # transformers' own layers replace their tensors: what they refer to now is all it takes to go back.
-        sliding = [None if isinstance(layer, ADMSLayer) else dict(vars(layer)) for layer in self.layers]
-        padding = self.padding if change is None else with_columns([], 0, change.real)
-        if real is not None:
-            # Of one token a row the counts have told.
-            padding = with_columns(padding, seen, torch.tensor(counts)[:, None] if new == 1 else real.cpu())
-        started.extra = {"sliding": sliding, "padding": padding, "ids": None if tokens is None else ids_of(tokens)}
-        # From here on `abort_forward` goes back.
-        self.stream.open = started
-        self._move_sliding([after - before for after, before in started.shifts(window)], device)
-        return arrival.positions, attention_mask
-
-    def _whole_mask(self, mask: torch.Tensor, seen: int, new: int, batch: int) -> tuple[torch.Tensor | None, bool]:
-        """The mask with a column for every token (None: no padding), and whether it was given for the new ones only."""
-        stacks, capacity = self.stream.stacks, self.config.expected_max_tokens
-        if mask.dim() != 2:
-            if seen + new > capacity or self.stream.padded or self.stream.compacted:
-                raise ValueError(
-                    f"attention_mask of shape {list(mask.shape)} can't be: once tokens are compacted only a 2-D mask "
-                    "[batch, tokens] tells what is padding"
-                )
-            return mask, False
-        if mask.shape[0] != batch or mask.shape[1] not in (seen + new, new):
-            raise ValueError(
-                f"attention_mask of shape {list(mask.shape)} must be [{batch}, {seen + new}] (all tokens seen and new) or "
-                f"[{batch}, {new}] (the new ones)"
-            )
-        if mask.shape[1] == seen + new:
-            return mask, False
-        sliding = len(self._full_layers()) < len(self.layers)
-        real = stacks[0].real if stacks else None
-        if bool(mask.all()) and (not self.stream.padded or (real is None and not sliding)):
-            # Nothing to tell, now or of what is held: a mask as long as the stream would have to be made at every step.
-            return None, True
-        if self.stream.padded and real is None and sliding:
-            raise ValueError(
-                f"attention_mask of shape {list(mask.shape)} must be [{batch}, {seen + new}]: with padding in the "
-                "batch, layers with a sliding window need the mask of all tokens"
-            )
-        before = mask.new_ones(batch, seen) if real is None else real.to(mask)
-        return torch.cat([before, mask], dim=1), True
-
-    def _end_recording(self) -> None:
-        """Let passes count as usual once no crop follows one any more: transformers leaves the layers recording."""
-        if self.stream.open is not None:
-            self._settle()
-            self.stream.records_past = False
-        for layer in self.layers:
-            own = not isinstance(layer, ADMSLayer) and getattr(layer, "record_past", False)
-            if own and layer.is_initialized and layer.keys.shape[2] >= layer.sliding_window:
-                layer.crop(0)
-                layer.record_past = False
-
-    def _move_sliding(self, shifts: list[int], device: torch.device) -> None:
-        """Turn the keys of layers with a sliding window back by so many positions, row by row."""
-        for layer in self.layers if any(shifts) else ():
-            rope = getattr(layer, "rope", None)
-            if not isinstance(layer, ADMSLayer) and rope is not None and layer.is_initialized and layer.keys.shape[2]:
-                shift = torch.tensor(shifts, device=layer.keys.device).expand(layer.keys.shape[0])
-                layer.keys = rope.shift(layer.keys, -shift.view(-1, 1, 1))
-
-    @unrecorded()
-    def end_forward(self) -> None:
-        """The forward pass went well. Raises `NonFiniteError` (and takes it back) where it brought NaN or infinity."""
-        if self.stream.open is None:
-            return
-        self.stream.open.over = True
-        new = self.stream.open.arrival.new
-        with self._aborted_if_it_fails():
-            for layer in self.layers:
-                if not isinstance(layer, ADMSLayer) and layer.is_initialized:
-                    layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
-            if self.stream.records_past:
-                self.stream.check()
-            else:
-                self.stream.commit()
-        self._log_every_512(self.stream.seen, new)
-
-    def _committed(self, done: Pass) -> None:
-        """What the cache knows of a pass beside its tokens counts with it; where this fails nothing has changed."""
-        if done.extra["ids"] is not None:
-            seen = copy.deepcopy(self.seen_tokens)
-            seen.append(done.extra["ids"][:, : done.arrival.new], self.stream.seen - done.arrival.new)
-            self.seen_tokens = seen
-        self.padding = done.extra["padding"]
-
-    @unrecorded()
-    def abort_forward(self) -> None:
-        """The forward pass failed: it has never been."""
-        done = self.stream.open
-        self.stream.abort()
-        for layer, attributes in zip(self.layers, () if done is None else done.extra["sliding"], strict=False):
-            if attributes is not None:
-                vars(layer).clear()
-                vars(layer).update(attributes)
-
-    def _drop_unfinished(self) -> None:
-        # Python calls no hook after a KeyboardInterrupt in a forward pass: it is found here, at the next call.
-        if self.stream.open is not None and not self.stream.open.over:
-            self.abort_forward()
-
-    def _settle(self) -> None:
-        """Let a pass that only waited for a crop count; where that fails, it has never been."""
-        with self._aborted_if_it_fails():
-            self.stream.settle()
-
-    @contextlib.contextmanager
-    def _aborted_if_it_fails(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self.abort_forward()
-            raise
-
-    @unrecorded()
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last `-tokens_to_remove` tokens of every layer; 0 settles what was tried out.
-
-        Raises:
-            ValueError: they are not all held exactly any more, in whichever layer; nothing has changed.
-        """
-        self._drop_unfinished()
-        gone = -tokens_to_remove
-        if gone < 0:
-            # Releases before 5.10 give the length to keep.
-            gone = max(0, self.get_seq_length() - tokens_to_remove)
-        self.stream.check_crop(gone)
-        sliding = [layer for layer in self.layers if not isinstance(layer, ADMSLayer)]
-        for layer in sliding:
-            if gone > _held_by_sliding(layer):
-                raise ValueError(
-                    f"crop({tokens_to_remove}) needs tokens that a layer with a sliding window has dropped; call "
-                    "cache.activate_past_recording() before the pass that is to be taken back"
-                )
-        for layer in sliding:
-            # Transformers' sliding layers refuse to be cropped by 0 where they record nothing.
-            if gone or getattr(layer, "record_past", False):
-                layer.crop(-gone)
-        with self._aborted_if_it_fails():
-            self.stream.crop(gone)
-        if self.padding:
-            self.padding = with_columns(self.padding, self.stream.seen, torch.ones(len(self.padding), 0, dtype=torch.bool))
-        self.seen_tokens.remove(max(0, self.seen_tokens.length - self.stream.seen))
-
-    @property
-    def held_one_by_one(self) -> int:
-        """How many of the last tokens `crop` can take back."""
-        sliding = (_held_by_sliding(layer) for layer in self.layers if not isinstance(layer, ADMSLayer))
-        return min([self.stream.croppable, *sliding])
-
-    def activate_past_recording(self) -> None:
-        """Passes count only with the next `crop` or pass from now on; see `ADMSLayer.activate_past_recording`."""
-        for layer in self.layers:
-            if hasattr(layer, "activate_past_recording"):
-                layer.activate_past_recording()
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row `i` of every layer becomes what row `beam_idx[i]` was."""
-        self._pick_rows(lambda layer: layer.reorder_cache(beam_idx), beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times, one after the other."""
-        rows = torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats)
-        self._pick_rows(lambda layer: layer.batch_repeat_interleave(repeats), rows)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Only the rows `indices`."""
-        self._pick_rows(lambda layer: layer.batch_select_indices(indices), indices)
-
-    @unrecorded()
-    def _pick_rows(self, sliding: Callable[[Any], None], indices: Any) -> None:
-        self._drop_unfinished()
-        self._settle()
-        if self.stream.batch is None:
-            return
-        for layer in self.layers:
-            if not isinstance(layer, ADMSLayer):
-                sliding(layer)
-        at = indices.cpu() if isinstance(indices, torch.Tensor) else indices
-        order = torch.arange(self.stream.batch)[at].tolist()
-        self.stream.pick(order)
-        self.padding = [self.padding[row] for row in order] if self.padding else []
-        self.seen_tokens.pick(indices)
 
     @property
     def config(self) -> ADMSConfig:

@@ -6,7 +6,6 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from .attend.recall import Recalled
-from .compressors.base import Compressor
 from .data.autograd import unrecorded
 from .data.rope import Rope
 from .data.tokens import WeightedTokens
@@ -67,11 +66,6 @@ class ADMSLayer(CacheLayerMixin):
     def rope(self) -> Rope | None:
         """How the layer's keys turn with position."""
         return self.stream.ropes[self.number]
-
-    @property
-    def compressor(self) -> Compressor:
-        """What makes the precision tier."""
-        return self.stream.compressor
 
     @property
     def held(self) -> WeightedTokens:

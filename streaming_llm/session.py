@@ -33,7 +33,8 @@ from .model.enable import check_model, make_cache, wire
 from .model.facts import describe_model, differences, layer_devices, model_differences
 from .seen import SeenTokens
 from .store.archive import Archive
-from .store.stack import Row, Stack
+from .store.row import Row
+from .store.stack import Stack
 from .stream.trading import joined
 
 FORMAT, VERSION = "adms-session", "3"

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from streaming_llm import ADMSConfig, ADMSKVCache, NonFiniteError, enable_adms_llm
 from streaming_llm.evaluation.soak import tiny_model
-from streaming_llm.stream.passes import Arrival
+from streaming_llm.stream.arrival import Arrival
 
 ALL = ("low_rank", "vq", "attention_matching")
 SMALL = {

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from streaming_llm import ADMSConfig, enable_adms_llm
 from streaming_llm.evaluation.lone_layer import LoneLayer
 from streaming_llm.store.stack import Stack
-from streaming_llm.stream.passes import Arrival
+from streaming_llm.stream.arrival import Arrival
 
 SMALL, PLUS = parallel_run.SMALL, parallel_run.PLUS
 

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from streaming_llm import ADMSConfig, enable_adms_llm
 from streaming_llm.evaluation.lone_layer import LoneLayer
 from streaming_llm.store.stack import Stack
-from streaming_llm.stream.passes import Arrival
+from streaming_llm.stream.arrival import Arrival
 
 SIZES = {
     "start_size": 1, "recent_size": 6, "compressed_budget": 4, "compression_interval": 4, "rank": 2,

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from streaming_llm import ADMSConfig, ADMSLayer, enable_adms_llm
 from streaming_llm.data.tokens import TIER_NAMES
-from streaming_llm.model.attention import SDPA_ITSELF
+from streaming_llm.model.families import SDPA_ITSELF
 
 SMALL = {
     "start_size": 2, "recent_size": 12, "compressed_budget": 10, "compression_interval": 8, "rank": 6,

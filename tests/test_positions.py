@@ -15,7 +15,7 @@ from streaming_llm import ADMSConfig, enable_adms_llm, enable_streaming_llm
 from streaming_llm.data.tokens import CHANGED
 from streaming_llm.evaluation.lone_layer import LoneLayer
 from streaming_llm.maths.importance import attention_logits
-from streaming_llm.stream.passes import Arrival
+from streaming_llm.stream.arrival import Arrival
 from streaming_llm.stream.positions import PositionWindow
 
 WINDOW = 96

@@ -1,4 +1,4 @@
-"""rope.py against the models' own rotary modules, apply functions and stored keys.
+"""data/rope.py and model/rope_reading.py against the models' own rotary modules, apply functions and stored keys.
 
 No formula is compared with itself: the other side is what transformers computes, or complex numbers in float64.
 """

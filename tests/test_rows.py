@@ -13,7 +13,7 @@ from test_families import FAMILIES, make
 import streaming_llm.baselines  # noqa: F401  registers the policies
 from streaming_llm import ADMSConfig, ADMSLayer, enable_adms_llm
 from streaming_llm.evaluation.lone_layer import LoneLayer
-from streaming_llm.stream.passes import Arrival
+from streaming_llm.stream.arrival import Arrival
 
 SMALL = {
     "start_size": 2, "recent_size": 16, "compressed_budget": 12, "compression_interval": 8, "rank": 8,

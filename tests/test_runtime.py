@@ -19,7 +19,7 @@ from streaming_llm.compaction import pipeline
 from streaming_llm.evaluation.lone_layer import LoneLayer
 from streaming_llm.model.attention import register
 from streaming_llm.store.stack import Stack
-from streaming_llm.stream.passes import Arrival
+from streaming_llm.stream.arrival import Arrival
 
 SMALL = {
     "start_size": 2, "recent_size": 16, "compressed_budget": 12, "compression_interval": 8, "rank": 8,

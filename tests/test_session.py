@@ -29,7 +29,8 @@ from streaming_llm import ADMSConfig, ADMSKVCache, ADMSLayer, disable_adms_llm, 
 from streaming_llm.compressors import get_compressor
 from streaming_llm.model.enable import is_enabled
 from streaming_llm.model.facts import describe_model, layer_devices, model_differences
-from streaming_llm.store.stack import Row, Stack
+from streaming_llm.store.row import Row
+from streaming_llm.store.stack import Stack
 from streaming_llm.stream.ranks import Ranks
 
 SMALL = {

@@ -1,1 +1,1 @@
-"""What a pass attends to beside what the layers hold."""
+"""Attention over weighted tokens; nothing here knows who holds them."""

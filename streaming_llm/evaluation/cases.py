@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from streaming_llm.budgets import share_budget
 from streaming_llm.cache import ADMSKVCache
+from streaming_llm.compaction.controller import attention_output, layer_budgets
+from streaming_llm.compaction.replay import replay, replay_count
 from streaming_llm.config import ADMSConfig
-from streaming_llm.controller import attention_output, layer_budgets
 from streaming_llm.data.queries import Queries
-from streaming_llm.replay import replay, replay_count
-from streaming_llm.tokens import WeightedTokens, concatenate
+from streaming_llm.data.tokens import WeightedTokens, concatenate
+from streaming_llm.maths.budgets import share_budget
 
 from .lone_layer import LoneLayer
 

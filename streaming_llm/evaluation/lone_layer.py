@@ -8,8 +8,8 @@ import torch
 
 from streaming_llm.config import ADMSConfig
 from streaming_llm.layer import ADMSLayer
-from streaming_llm.store.stack import Row
-from streaming_llm.stream.passes import Arrival
+from streaming_llm.store.row import Row
+from streaming_llm.stream.arrival import Arrival
 from streaming_llm.stream.positions import PositionWindow
 from streaming_llm.stream.stream import Stream
 

@@ -14,19 +14,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..data.autograd import autocast_dtype
+from ..attend.kernels import WIDE_MASKS, attend_weighted, packed_sdpa
 from ..layer import ADMSLayer
+from .families import SDPA_ITSELF
 
 PREFIX = "adms_"
 BASES = ("eager", "sdpa")
-# Model types that call torch's attention themselves, whatever is registered.
-SDPA_ITSELF = ("falcon",)
-# Devices where torch's attention takes a float32 mask beside half-precision queries. CUDA's kernels want the queries' dtype;
-# an eager attention adds and normalises in float32 anywhere.
-WIDE_MASKS = ("cpu",)
 
 
 class WiredConfig:
@@ -77,7 +73,7 @@ def _attention(base: str) -> Callable:
             return forward(module, query, key, value, attention_mask, **kwargs)
         own = functools.partial(forward, module, **kwargs)
         packed = base == "sdpa" and query.shape[1] != key.shape[1]
-        result = _attend(
+        result = attend_weighted(
             layer,
             own,
             functools.partial(packed_sdpa, **kwargs) if packed else own,
@@ -86,73 +82,12 @@ def _attention(base: str) -> Callable:
             value,
             attention_mask,
             wide=base == "eager" or query.device.type in WIDE_MASKS,
-            scale=kwargs.get("scaling"),
+            scale=_scale(query, kwargs.get("scaling")),
         )
         _show(layer, query, kwargs.get("scaling"), kwargs.get("softcap"))
         return result
 
     return adms_attention
-
-
-def packed_sdpa(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
-    """torch's attention with the query heads of a group in the query axis, so that no keys or values are repeated.
-
-    Args:
-        query: `[batch, heads, new, head_dim]`; key, value: `[batch, kv_heads, tokens, dim]`; mask: additive
-            `[batch, heads, new, tokens]`.
-
-    Returns:
-        `(output [batch, new, heads, value_dim], None)`, as transformers' own.
-    """
-    batch, heads, new, dim = query.shape
-    rows = (batch, key.shape[1], heads // key.shape[1] * new)
-    output = torch.nn.functional.scaled_dot_product_attention(
-        query.reshape(*rows, dim), key, value, attn_mask=mask.reshape(*rows, -1), dropout_p=dropout, scale=scaling
-    )
-    return output.view(batch, heads, new, -1).transpose(1, 2).contiguous(), None
-
-
-def _attend(
-    layer: ADMSLayer,
-    kernel: Callable,
-    masked: Callable,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    wide: bool,
-    scale: float | None,
-) -> Any:
-    """`kernel(query, key, value, mask)`; once log-mass counts, `masked(query, key, value, log_mass)`, `wide`: in float32.
-
-    Autocast would round the log-mass, and make of its lowest number one that leaves nothing of a row: what it would do to
-    the other three is done here, and it is off in the kernel.
-    """
-    if query.requires_grad and torch.is_grad_enabled() and not key.requires_grad:
-        # Only the queries are learnt: the backward pass needs the keys and values as they are now.
-        key, value = key.clone(), value.clone()
-    if layer.plain:
-        return kernel(query, key, value, mask)
-    kind = query.device.type
-    dtype = autocast_dtype(query.dtype, kind)
-    wide = wide and dtype.itemsize < 4
-    bias = layer.attention_bias(query.shape[2], query.shape[1] // key.shape[1], torch.float32 if wide else dtype)
-    recalled = layer.recall(query, _scale(query, scale))
-    if recalled is not None:
-        key, value = recalled.beside(key, value)
-        bias = recalled.bias(bias)
-    if not torch.is_autocast_enabled(kind):
-        return masked(query, key, value, bias)
-    with torch.autocast(kind, enabled=False):
-        return masked(query.to(dtype), key.to(dtype), value.to(dtype), bias)
 
 
 def _show(layer: ADMSLayer, query: torch.Tensor, scale: float | None, softcap: float | None = None) -> None:
@@ -218,9 +153,24 @@ class AttendedKeys(torch.Tensor):
             return kernel(query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=causal, scale=scale, **kwargs)
 
         wide = query.device.type in WIDE_MASKS
-        result = _attend(layer, attend, attend, query, key.keys, value, attn_mask, wide, scale)
+        result = attend_weighted(layer, attend, attend, query, key.keys, value, attn_mask, wide, _scale(query, scale))
         _show(layer, query, scale)
         return result
+
+
+def check_attention(text: PreTrainedConfig) -> None:
+    """Refuse a text model's attention implementation that can't be shown the tokens' log-mass."""
+    implementation = text._attn_implementation or "eager"
+    if text.model_type in SDPA_ITSELF and implementation != "sdpa":
+        raise ValueError(
+            f"attention implementation {implementation!r} of model type {text.model_type!r} has no place for log-mass; load "
+            "the model with attn_implementation='sdpa'"
+        )
+    if implementation not in BASES:
+        raise ValueError(
+            f"attention implementation {implementation!r} has no place for log-mass; load the model with "
+            f"attn_implementation='sdpa' or call model.set_attn_implementation('sdpa') (supported: {', '.join(BASES)})"
+        )
 
 
 def register() -> None:

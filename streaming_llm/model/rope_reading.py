@@ -22,12 +22,10 @@ from transformers import DynamicCache
 from ..data.autograd import autocast_dtype
 from ..data.rope import Rope
 from .facts import cache_argument
+from .families import SLIDING_LAYERS_ONLY
 from .wrappers import find_decoder
 
 SUPPORTED_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional")
-
-# Families that mix sliding and full attention and rotate keys in the sliding layers only; their configs do not say so.
-_SLIDING_LAYERS_ONLY = ("afmoe", "cohere2", "exaone4", "exaone_moe")
 
 _SUPPORTED = (
     f"supported: rope_type {', '.join(SUPPORTED_TYPES)}; rotary dimensions first in the head, paired as halves or as "
@@ -277,7 +275,7 @@ def _layer_rotates(config: Any, index: int) -> bool:
     rotating = getattr(config, "no_rope_layers", None)  # SmolLM3; 1 means RoPE, whatever the name says
     if rotating:
         return bool(rotating[index])
-    if config.model_type in _SLIDING_LAYERS_ONLY and getattr(config, "sliding_window", None) is not None:
+    if config.model_type in SLIDING_LAYERS_ONLY and getattr(config, "sliding_window", None) is not None:
         return config.layer_types[index] == "sliding_attention"
     return True
 

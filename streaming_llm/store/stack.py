@@ -23,76 +23,13 @@ from ..data.queries import Queries
 from ..data.rope import Rope
 from ..data.tokens import WeightedTokens
 from .archive import Archive, Links
+from .row import Row
 
 
 def true_first(which: torch.Tensor) -> torch.Tensor:
     """The columns of `which`, bool `[rows, columns]`, those that are True first, each kind in its order; int64."""
     # Not every device sorts bools.
     return (~which).to(torch.int8).argsort(dim=1, stable=True)
-
-
-class Row(NamedTuple):
-    """Where a row of a stack stands, the same in all its layers. Rows that are equal are worked on together.
-
-    Attributes:
-        length: slots in use; padding uses none.
-        seen: tokens of the stream.
-        width: slots of the middle; those there will be, before the first compaction.
-        compactions: how many there were.
-        least: what the layers' agreement leaves the head with the smallest budget; 0 where they never agreed on any.
-        kept: queries kept from before the last compaction, `queries`: all that are stored, `scored`: those that count
-            in the scores already; they come in this order.
-        archived: tokens that ever came to the archive.
-        moved: by how much positions were moved back so far.
-    """
-
-    length: int = 0
-    seen: int = 0
-    width: int = 0
-    compactions: int = 0
-    least: int = 0
-    kept: int = 0
-    queries: int = 0
-    scored: int = 0
-    archived: int = 0
-    moved: int = 0
-
-    def resting(self, config: ADMSConfig) -> int:
-        """Slots in use right after a compaction."""
-        return config.dynamic_start_size + self.width + config.recent_size
-
-    def slots(self, config: ADMSConfig) -> int:
-        """Slots the row needs in the buffer."""
-        return self.resting(config) + config.compression_interval
-
-    def capacity(self, config: ADMSConfig) -> int:
-        """Slots that may be in use between two passes."""
-        return self.slots(config) if self.compactions else config.expected_max_tokens
-
-    def overfull(self, config: ADMSConfig, new: int) -> bool:
-        """Whether `new` more tokens would not fit, and a compaction can make room."""
-        width = self.width if self.compactions else config.middle_allocation
-        fixed = config.dynamic_start_size + config.recent_size
-        return self.length + new > self.capacity(config) and self.length - fixed > width
-
-    def after(self, new: int) -> Row:
-        """The row with `new` more tokens."""
-        return self._replace(length=self.length + new, seen=self.seen + new)
-
-    def cropped(self, gone: int) -> Row:
-        """The row without its last `gone` tokens."""
-        queries = max(0, self.queries - gone)
-        return self._replace(
-            length=self.length - gone,
-            seen=self.seen - gone,
-            queries=queries,
-            kept=min(self.kept, queries),
-            scored=min(self.scored, queries),
-        )
-
-    def exact_length(self, config: ADMSConfig) -> int:
-        """How many of the newest tokens are held one by one."""
-        return self.length - (config.dynamic_start_size + self.width if self.compactions else 0)
 
 
 class Part(NamedTuple):

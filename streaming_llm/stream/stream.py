@@ -5,9 +5,7 @@ A pass works on stacks of its own; `commit` puts them in the place of the stream
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
@@ -16,41 +14,15 @@ from ..compressors import get_compressor
 from ..config import ADMSConfig
 from ..data.padding import MaskChange
 from ..data.rope import Rope
-from ..store.stack import Row, Stack
-from .passes import Arrival, NonFiniteError, StackPass
+from ..store.row import Row
+from ..store.stack import Stack
+from .arrival import Arrival, NonFiniteError
+from .forward_pass import Pass
+from .passes import StackPass
 from .positions import PositionWindow
 from .ranks import Ranks
 from .trading import FIRST_TRADE, next_trade, runs, traded
 from .upkeep import Upkeep
-
-
-@dataclasses.dataclass
-class Pass:
-    """A forward pass under way.
-
-    Attributes:
-        arrival: what it brings.
-        stacks: as they were when it began, what was due done.
-        window: as `Stream.window` becomes.
-        next_trades: as `Stream.next_trades` become.
-        parts: what happened in each stack so far.
-        over: whether the forward is over and the pass only waits to be committed or cropped.
-        extra: what the cache knows of the pass beside, for `Stream.committed`.
-    """
-
-    arrival: Arrival
-    stacks: list[Stack]
-    window: PositionWindow
-    next_trades: tuple[int, ...]
-    parts: list[StackPass] = dataclasses.field(default_factory=list)
-    over: bool = False
-    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def shifts(self, before: PositionWindow) -> list[tuple[int, int]]:
-        """Offsets of each row after and before the moves it made, as pairs."""
-        rows = max(len(self.window.offsets), len(before.offsets))
-        both = (own * rows if len(own) == 1 else own for own in (self.window.offsets, before.offsets))
-        return list(zip(*both, strict=True))
 
 
 class Stream:

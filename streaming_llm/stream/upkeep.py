@@ -22,7 +22,8 @@ from ..data.queries import Queries
 from ..data.tokens import WeightedTokens, lightened
 from ..maths.importance import attention_logits, attention_statistics, less_drawn
 from ..store.archive import Links
-from ..store.stack import Part, Row, Stack
+from ..store.row import Row
+from ..store.stack import Part, Stack
 
 # Of a prefill's queries before its last window, every fourth is scored: nearly as telling, at a quarter of the cost.
 _PREFILL_STEP = 4
