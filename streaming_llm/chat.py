@@ -14,6 +14,7 @@ from .cache import ADMSKVCache
 from .layer import ADMSLayer
 from .model_facts import cache_argument
 from .tokens import EXACT, PRECISION, RECENT, REPLAY, SINK, SKETCH, TIER_NAMES
+from .units import format_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -253,8 +254,6 @@ class Chat:
 
     def stats(self) -> str:
         """Tokens seen and held, tokens by tier (of a head, on average), budgets, bytes by use and counters, in lines."""
-        from .evaluation.report import format_bytes
-
         cache, config = self.cache, self.cache.config
         tiers, stats = tokens_by_tier(cache), cache.stats
         budgets = {

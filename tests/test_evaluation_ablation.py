@@ -43,7 +43,7 @@ def run(tiny_model_folder, text_file, tmp_path):
         base = ["--model_name_or_path", str(tiny_model_folder), "--device", "cpu", "--num_eval_tokens", "300"]
         base += ["--texts", str(text_file), "--budgets", *map(str, BUDGETS), "--output_dir", str(tmp_path / "out")]
         base += ["--log_every", "0", "--set", "rank=4", "compression_interval=16", "min_importance_tokens=1"]
-        return ablation.main([*base, *argv]), tmp_path / "out"
+        return ablation.Ablation.main([*base, *argv]), tmp_path / "out"
 
     return start
 

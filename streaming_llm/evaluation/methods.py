@@ -142,6 +142,15 @@ def plan_methods(names: Sequence[str], settings: Mapping[str, Any]) -> list[Plan
     return plans
 
 
+def check_plans(plans: Sequence[Plan]) -> None:
+    """Raise `ValueError` for settings that a cache refuses, before anything is loaded."""
+    from streaming_llm import ADMSConfig, ADMSKVCache
+
+    for plan in plans:
+        if plan.method.kind == "adms":
+            ADMSKVCache(ADMSConfig(**plan.settings))
+
+
 def cache_factory(model, plan: Plan) -> Callable[[], Any]:
     """A function giving a new cache of the planned method for `model`.
 
