@@ -26,22 +26,22 @@ MOST_HISTORY = 1000
 
 def parser():
     """The parser of the command line."""
-    from streaming_llm.evaluation.arguments import ModelArguments, Parser, argument, count
+    from streaming_llm.evaluation import flags
     from streaming_llm.evaluation.methods import DEFAULT_MIDDLE, DEFAULT_RECENT
 
     @dataclass
-    class Arguments(ModelArguments):
-        system: str | None = argument("system message (that of the model's chat template)", metavar="TEXT")
-        max_new_tokens: int = count("most tokens of an answer (%(default)s)", 512)
-        temperature: float = argument("of the sampling; 0: the likeliest token (%(default)s)", 0.0, metavar="T")
-        top_p: float = argument("sample from this much probability (%(default)s: all)", 1.0, metavar="P")
-        script: str | None = argument(
+    class Arguments(flags.Model):
+        system: str | None = flags.argument("system message (that of the model's chat template)", metavar="TEXT")
+        max_new_tokens: int = flags.count("most tokens of an answer (%(default)s)", 512)
+        temperature: float = flags.argument("of the sampling; 0: the likeliest token (%(default)s)", 0.0, metavar="T")
+        top_p: float = flags.argument("sample from this much probability (%(default)s: all)", 1.0, metavar="P")
+        script: str | None = flags.argument(
             "take the turns from a file, one a line; # begins a comment (the terminal)", metavar="FILE"
         )
-        log_level: str = argument("what is logged; INFO: the cache's state (%(default)s)", "WARNING", choices=LEVELS)
+        log_level: str = flags.argument("what is logged; INFO: the cache's state (%(default)s)", "WARNING", choices=LEVELS)
 
     description = "Chat in the terminal, in bounded memory however long it gets."
-    return Parser("streaming_chat.py", description, Arguments, (DEFAULT_RECENT, DEFAULT_MIDDLE))
+    return flags.Parser("streaming_chat.py", description, Arguments, (DEFAULT_RECENT, DEFAULT_MIDDLE))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -71,6 +71,15 @@ def test_help_names_each_flag_as_it_is_documented(parser):
     assert switches and {f"--no-{name}" for name in [*switches, "concat_stream"]} <= set(named)
 
 
+def test_hyphens_do_for_underscores(parser):
+    assert settings(parser, "--no-enable-pos-shift", "--attention-blend=0.5", "--enable-dynamic-sink") == {
+        "enable_pos_shift": False,
+        "attention_blend": 0.5,
+        "enable_dynamic_sink": True,
+    }
+    assert not parser.parse(["--no-concat-stream"])[0].concat_stream
+
+
 def test_settings_not_given_are_left_to_the_library(parser):
     assert settings(parser) == {}
     assert settings(parser, "--rank", "8", "--importance_ratio", "0.25") == {"rank": 8, "importance_ratio": 0.25}

@@ -10,21 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..units import format_bytes
-from . import report, streaming
-from .arguments import (
-    ModelArguments,
-    OutputArguments,
-    Switch,
-    TextArguments,
-    argument,
-    count,
-    directory,
-    split_names,
-    switch,
-)
+from . import flags, report, streaming
 from .errors import EvaluationError
 from .methods import Plan, check_plans
-from .report import cell, markdown_columns, new_figure, print_columns, save_figure
 from .run import ModelRun
 from .streaming import MethodResult
 from .variants import BASE_NAME, LEVELS, MODULES, REFERENCES, VARIANTS, parse_settings, plan_variants
@@ -78,18 +66,18 @@ class Section:
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "variant": lambda row: row.variant,
-    "level": lambda row: cell(row.level, str),
+    "level": lambda row: report.cell(row.level, str),
     "perplexity": lambda row: f"{row.perplexity:.3f}",
     "KL to full": lambda row: f"{row.kl:.5f}",
-    "KL change": lambda row: cell(row.kl_change, "{:+.1%}"),
+    "KL change": lambda row: report.cell(row.kl_change, "{:+.1%}"),
     "time": lambda row: f"{row.time_ratio:.2f}x",
     "cache": lambda row: f"{row.bytes_ratio:.2f}x",
-    "originals": lambda row: cell(row.originals_bytes or None, format_bytes),
+    "originals": lambda row: report.cell(row.originals_bytes or None, format_bytes),
 }
 COUNTER_COLUMNS: dict[str, Callable[[Row], str]] = {
     "variant": lambda row: row.variant,
     "most held": lambda row: f"{row.held_tokens:,}",
-    **{name: lambda row, name=name: cell(row.counters and row.counters[name], "{:,}") for name in COUNTERS},
+    **{name: lambda row, name=name: report.cell(row.counters and row.counters[name], "{:,}") for name in COUNTERS},
 }
 
 
@@ -125,7 +113,7 @@ def plot(path: Path, sections: Sequence[Section], title: str) -> None:
     texts = list(dict.fromkeys(section.text for section in sections))
     budgets = list(dict.fromkeys(section.budget for section in sections))
     bars = max(sum(row.variant not in REFERENCES for row in section.rows) for section in sections)
-    figure = new_figure(1.2 + 4.6 * len(budgets), 0.9 + len(texts) * (1.3 + 0.34 * bars))
+    figure = report.new_figure(1.2 + 4.6 * len(budgets), 0.9 + len(texts) * (1.3 + 0.34 * bars))
     panels = figure.subplots(len(texts), len(budgets), squeeze=False)
     looks: dict[str, Any] = {}
     for section in sections:
@@ -134,7 +122,7 @@ def plot(path: Path, sections: Sequence[Section], title: str) -> None:
     figure.suptitle(textwrap.fill(title, 52 * len(budgets)), x=0.01, ha="left", fontsize=11)
     columns = 1 if len(budgets) == 1 else 4
     figure.legend(looks.values(), looks.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
-    save_figure(figure, path)
+    report.save_figure(figure, path)
 
 
 # Light enough for black numbers, told apart with any colour vision.
@@ -202,35 +190,35 @@ _COUNTER_CAPTION = (
 
 
 @dataclass
-class AblationArguments(OutputArguments, TextArguments, ModelArguments):
+class AblationArguments(flags.Output, flags.Text, flags.Model):
     """The flags; settings of the cache are given by `--set`."""
 
-    seed: int = argument("seed of torch's and the caches' random numbers (%(default)s)", 0)
-    texts: list[str] = argument(
+    seed: int = flags.argument("seed of torch's and the caches' random numbers (%(default)s)", 0)
+    texts: list[str] = flags.argument(
         f"{NOVEL} (the shipped novel, Pride and Prejudice), text files, or names for the datasets library ({NOVEL})",
         (NOVEL,),
         metavar="TEXT",
     )
-    num_eval_tokens: int = count("tokens to run of each text (%(default)s)", 6144)
-    variants: list[str] = argument(
+    num_eval_tokens: int = flags.count("tokens to run of each text (%(default)s)", 6144)
+    variants: list[str] = flags.argument(
         f"of {', '.join(VARIANTS)}: a module alone, or with a plus on top of the modules before it (all)",
         tuple(VARIANTS),
         metavar="VARIANT",
     )
-    budgets: list[int] = argument(
+    budgets: list[int] = flags.argument(
         f"tokens a head in total: sinks, and of the rest half recent ({' '.join(map(str, DEFAULT_BUDGETS))})",
         DEFAULT_BUDGETS,
         metavar="N",
     )
-    set: list[str] = argument(
+    set: list[str] = flags.argument(
         "settings of ADMSConfig for every variant; those of a module hold where it is on",
         (),
         action="extend",
         metavar="NAME=VALUE",
     )
-    score_from: int | None = count("first scored token, from 0 (2048, or a third of a shorter text)")
-    output_dir: str = directory("results/ablation")
-    markdown: Switch = switch("print the tables in Markdown too")
+    score_from: int | None = flags.count("first scored token, from 0 (2048, or a third of a shorter text)")
+    output_dir: str = flags.directory("results/ablation")
+    markdown: flags.Switch = flags.switch("print the tables in Markdown too")
 
 
 class Ablation(ModelRun):
@@ -248,7 +236,7 @@ class Ablation(ModelRun):
         super().check()
         given = self.arguments
         self.seed = given.seed
-        names, settings = split_names(given.variants), parse_settings(given.set) | {"seed": given.seed}
+        names, settings = flags.split_names(given.variants), parse_settings(given.set) | {"seed": given.seed}
         self.budgets = {budget: plan_variants(names, budget, settings) for budget in dict.fromkeys(given.budgets)}
         self._check_length(given.num_eval_tokens, "num_eval_tokens", ValueError)
         check_plans([plan for plans in self.budgets.values() for plan in plans])
@@ -290,10 +278,10 @@ class Ablation(ModelRun):
         settings = {plan.method.name: plan.settings for plan in plans}
         section = Section(name, tokens, budget, score_from, settings, summarize(results))
         heading = f"{name}, {tokens:,} tokens, scored from {score_from:,}; {budget:,} tokens a head"
-        print_columns(section.rows, COLUMNS, heading, _CAPTION, self.console)
-        print_columns(section.rows, COUNTER_COLUMNS, "What the modules did", _COUNTER_CAPTION, self.console)
+        report.print_columns(section.rows, COLUMNS, heading, _CAPTION, self.console)
+        report.print_columns(section.rows, COUNTER_COLUMNS, "What the modules did", _COUNTER_CAPTION, self.console)
         if given.markdown:
-            print(f"\n{heading}\n\n{markdown_columns(section.rows, COLUMNS | COUNTER_COLUMNS)}")
+            print(f"\n{heading}\n\n{report.markdown_columns(section.rows, COLUMNS | COUNTER_COLUMNS)}")
         return section
 
     def document(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from streaming_llm.importance import Queries
 from streaming_llm.replay import replay, replay_count
 from streaming_llm.tokens import WeightedTokens, concatenate
 
-from .arguments import count
+from . import flags
 from .lone_layer import LoneLayer
 from .report import markdown_columns
 from .run import Run
@@ -216,7 +216,7 @@ COLUMNS: dict[str, Callable[[Case], str]] = {
 class CasesArguments:
     """The flags."""
 
-    seeds: int = count("random streams for each case that is an average (%(default)s)", 8)
+    seeds: int = flags.count("random streams for each case that is an average (%(default)s)", 8)
 
 
 class Cases(Run):

@@ -7,40 +7,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import report, streaming
-from .arguments import (
-    ModelArguments,
-    NameArguments,
-    OutputArguments,
-    Switch,
-    TextArguments,
-    argument,
-    count,
-    directory,
-    method_names,
-    switch,
-)
+from . import flags, report, streaming
 from .methods import METHODS, Plan
 from .run import ModelRun
 from .texts import check_joined
 
 
 @dataclass
-class ComparisonArguments(OutputArguments, TextArguments, NameArguments, ModelArguments):
+class ComparisonArguments(flags.Output, flags.Text, flags.TextName, flags.Model):
     """The flags beside the settings of the cache."""
 
-    num_samples: int | None = count("use at most N samples: rows of a data set; a file is one (all)")
-    concat_stream: Switch = switch(
+    num_samples: int | None = flags.count("use at most N samples: rows of a data set; a file is one (all)")
+    concat_stream: flags.Switch = flags.switch(
         "join the samples into one stream; otherwise each is a stream with a cache of its own (joined)", True
     )
-    concat_limit: int | None = count(
+    concat_limit: int | None = flags.count(
         "longest joined stream in tokens; what follows begins another with a new cache (no limit)"
     )
-    min_seq_len: int = count("leave out samples of fewer tokens (%(default)s)", 1)
-    sep: str = argument("text between joined samples; \\n and \\t are understood (%(default)s)", "\\n\\n")
-    methods: list[str] = method_names(("full", "streaming", "adms"))
-    score_from: int | None = count("first scored token of each stream, from 0 (2048, or a third of a shorter stream)")
-    decode_tokens: int = count(
+    min_seq_len: int = flags.count("leave out samples of fewer tokens (%(default)s)", 1)
+    sep: str = flags.argument("text between joined samples; \\n and \\t are understood (%(default)s)", "\\n\\n")
+    methods: list[str] = flags.methods(("full", "streaming", "adms"))
+    score_from: int | None = flags.count("first scored token of each stream, from 0 (2048, or a third of a shorter stream)")
+    decode_tokens: int = flags.count(
         "tokens decoded one by one after the stream, for their timing only; 0: none (%(default)s)", 128
     )
 
@@ -49,8 +37,8 @@ class ComparisonArguments(OutputArguments, TextArguments, NameArguments, ModelAr
 class EveryMethodArguments(ComparisonArguments):
     """The same flags, with other defaults."""
 
-    methods: list[str] = method_names(tuple(METHODS))
-    output_dir: str = directory("results/compare_methods")
+    methods: list[str] = flags.methods(tuple(METHODS))
+    output_dir: str = flags.directory("results/compare_methods")
 
 
 class Comparison(ModelRun):

@@ -7,11 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 # The smallest value an argument of that name may have.
-LEAST = {
-    **{"num_samples": 1, "num_eval_tokens": 2, "skip_tokens": 0, "concat_limit": 2, "min_seq_len": 0, "chunk_size": 1},
-    **{"score_from": 1, "decode_tokens": 0, "log_every": 0, "seed": 0, "trials": 1, "memory_from": 1, "full_tokens": 0},
-    **{"tokens": 1, "window": 1, "seeds": 1},
-}
+LEAST = dict.fromkeys(("skip_tokens", "min_seq_len", "decode_tokens", "log_every", "full_tokens", "seed"), 0)
+LEAST |= dict.fromkeys(("num_samples", "chunk_size", "score_from", "memory_from", "trials", "tokens", "window"), 1)
+LEAST |= dict.fromkeys(("num_eval_tokens", "concat_limit"), 2)
 
 
 class EvaluationError(RuntimeError):

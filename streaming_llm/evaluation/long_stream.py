@@ -13,32 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ..units import format_bytes
-from . import streaming
-from .arguments import (
-    ModelArguments,
-    NameArguments,
-    OutputArguments,
-    Switch,
-    TextArguments,
-    count,
-    directory,
-    method_names,
-    switch,
-)
+from . import flags, report, streaming
 from .errors import EvaluationError
 from .methods import Plan, cache_factory, plan_methods
 from .reading import BIN, EIGHTHS, LongResult, Part, compare_to_baseline, stream_method
-from .report import (
-    Columns,
-    cell,
-    grid,
-    line_look,
-    markdown_columns,
-    new_figure,
-    print_columns,
-    results_document,
-    save_figure,
-)
 from .run import ModelRun
 
 # The full cache, begun anew at each eighth: how hard the text is there.
@@ -49,18 +27,20 @@ RECENT = MIDDLE = 512
 
 
 @dataclass
-class LongArguments(OutputArguments, TextArguments, NameArguments, ModelArguments):
+class LongArguments(flags.Output, flags.Text, flags.TextName, flags.Model):
     """The flags beside the settings of the cache."""
 
-    num_eval_tokens: int = count("tokens of the stream (%(default)s)", 65536)
-    methods: list[str] = method_names(DEFAULT_METHODS)
-    full_tokens: int = count(
+    num_eval_tokens: int = flags.count("tokens of the stream (%(default)s)", 65536)
+    methods: list[str] = flags.methods(DEFAULT_METHODS)
+    full_tokens: int = flags.count(
         "tokens of the stream that the full cache reads: its time grows with their square (%(default)s)", 12288
     )
-    restarted: Switch = switch("also read each eighth by itself, with a full cache begun anew: how hard the text is there")
-    memory_from: int = count("compare the memory at the end to that after N tokens (%(default)s)", 4096)
-    output_dir: str = directory("results/long_stream")
-    markdown: Switch = switch("print the tables in Markdown too")
+    restarted: flags.Switch = flags.switch(
+        "also read each eighth by itself, with a full cache begun anew: how hard the text is there"
+    )
+    memory_from: int = flags.count("compare the memory at the end to that after N tokens (%(default)s)", 4096)
+    output_dir: str = flags.directory("results/long_stream")
+    markdown: flags.Switch = flags.switch("print the tables in Markdown too")
 
 
 def own_positions(plans: Sequence[Plan], given: Mapping[str, Any]) -> list[Plan]:
@@ -91,25 +71,25 @@ def _milliseconds(seconds: float) -> str:
 # A line's head, and how a result reads in it. A column is a method: with eight eighths the other way would be too wide.
 PERPLEXITIES: dict[str, Callable[[LongResult], str]] = {
     **{f"eighth {number + 1}": lambda result, n=number: _perplexity(result.eighths[n]) for number in range(EIGHTHS)},
-    "worst / first eighth": lambda result: cell(result.worst_over_first, "{:.3f}"),
-    "last / streaming's last": lambda result: cell(result.last_over_baseline, "{:.3f}"),
+    "worst / first eighth": lambda result: report.cell(result.worst_over_first, "{:.3f}"),
+    "last / streaming's last": lambda result: report.cell(result.last_over_baseline, "{:.3f}"),
 }
 COSTS: dict[str, Callable[[LongResult], str]] = {
     "tokens read": lambda result: f"{result.tokens:,}",
     "most tokens held": lambda result: f"{result.held_tokens:,}",
-    "cache, early": lambda result: cell(result.cache_bytes_start, format_bytes),
-    "cache, end": lambda result: cell(result.cache_bytes_end, format_bytes),
-    "resident, early": lambda result: cell(result.timing.resident_start, format_bytes),
-    "resident, end": lambda result: cell(result.timing.resident_end, format_bytes),
-    "resident, growth": lambda result: cell(result.timing.resident_growth, "{:+.2%}"),
-    "ms/token, 2nd tenth": lambda result: cell(result.timing.median[1], _milliseconds),
-    "ms/token, last tenth": lambda result: cell(result.timing.median[-1], _milliseconds),
-    "last / 2nd tenth": lambda result: cell(result.timing.tail_over_head, "{:.3f}"),
+    "cache, early": lambda result: report.cell(result.cache_bytes_start, format_bytes),
+    "cache, end": lambda result: report.cell(result.cache_bytes_end, format_bytes),
+    "resident, early": lambda result: report.cell(result.timing.resident_start, format_bytes),
+    "resident, end": lambda result: report.cell(result.timing.resident_end, format_bytes),
+    "resident, growth": lambda result: report.cell(result.timing.resident_growth, "{:+.2%}"),
+    "ms/token, 2nd tenth": lambda result: report.cell(result.timing.median[1], _milliseconds),
+    "ms/token, last tenth": lambda result: report.cell(result.timing.median[-1], _milliseconds),
+    "last / 2nd tenth": lambda result: report.cell(result.timing.tail_over_head, "{:.3f}"),
     "tokens/s": lambda result: f"{result.timing.tokens_per_second:.0f}",
 }
 
 
-def by_method(results: Mapping[str, LongResult]) -> Columns:
+def by_method(results: Mapping[str, LongResult]) -> report.Columns:
     """Columns for lines of `PERPLEXITIES` or `COSTS`: the line's head, and each method's figure."""
     columns: dict[str, Callable[[Any], str]] = {"": lambda line: line[0]}
     return columns | {name: lambda line, result=result: line[1](result) for name, result in results.items()}
@@ -117,18 +97,18 @@ def by_method(results: Mapping[str, LongResult]) -> Columns:
 
 def markdown(results: Mapping[str, LongResult]) -> str:
     """Both tables as one, in Markdown."""
-    return markdown_columns((PERPLEXITIES | COSTS).items(), by_method(results))
+    return report.markdown_columns((PERPLEXITIES | COSTS).items(), by_method(results))
 
 
 def plot(path: Path, results: Mapping[str, LongResult], title: str, trained_length: int | None) -> None:
     """Draw the perplexity of each `BIN` tokens, one line a method, the trained length marked (needs `matplotlib`)."""
     from matplotlib.ticker import ScalarFormatter
 
-    figure = new_figure(9, 5)
+    figure = report.new_figure(9, 5)
     axes = figure.subplots()
     longest = max(result.tokens for result in results.values())
     for index, (name, result) in enumerate(results.items()):
-        look = line_look(index, 1.6)
+        look = report.line_look(index, 1.6)
         parts = [part for part in result.bins if part.scored]
         # A bin's value stands for all of it: a line between the middles of the bins.
         axes.plot([(part.start + part.end) / 2 for part in parts], [part.perplexity for part in parts], label=name, **look)
@@ -144,9 +124,9 @@ def plot(path: Path, results: Mapping[str, LongResult], title: str, trained_leng
     axes.set_xlabel("tokens read")
     axes.set_ylabel(f"perplexity of each {BIN:,} tokens")
     axes.set_title(title, loc="left", fontsize=11)
-    grid(axes)
+    report.grid(axes)
     figure.legend(loc="outside lower center", ncols=5, frameon=False)
-    save_figure(figure, path)
+    report.save_figure(figure, path)
 
 
 class LongStream(ModelRun):
@@ -208,7 +188,7 @@ class LongStream(ModelRun):
     def document(self) -> dict[str, Any]:
         described = {"name": self.read.name, "tokens": self.read.streams[0].numel()}
         settings = self.recorded(text=described, trained_length=self.trained_length)
-        found = results_document(self.found, settings, self.device)
+        found = report.results_document(self.found, settings, self.device)
         for entry in found["results"].values():
             for part in (*entry["eighths"], *entry["bins"]):
                 part["perplexity"] = Part(**part).perplexity
@@ -226,7 +206,7 @@ class LongStream(ModelRun):
             f"'early': after {early:,} tokens. 'resident': the process with the model, what is freed handed back. "
             "ms/token: median of a tenth's forward passes, compaction included."
         )
-        print_columns(PERPLEXITIES.items(), columns, self.title, parts, self.console)
-        print_columns(COSTS.items(), columns, "Memory and time", costs, self.console)
+        report.print_columns(PERPLEXITIES.items(), columns, self.title, parts, self.console)
+        report.print_columns(COSTS.items(), columns, "Memory and time", costs, self.console)
         if self.arguments.markdown:
             print(markdown(self.found))

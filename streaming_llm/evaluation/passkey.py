@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..model_facts import cache_argument
-from .arguments import ModelArguments, OutputArguments, Switch, argument, count, directory, method_names, switch
+from . import flags
 from .long_stream import DEFAULT_METHODS, MIDDLE, RECENT, own_positions
 from .methods import cache_factory
 from .report import Columns, document, markdown_columns, print_columns
@@ -184,29 +184,31 @@ def columns(depths: Sequence[float]) -> Columns:
 
 
 @dataclass
-class PasskeyArguments(OutputArguments, ModelArguments):
+class PasskeyArguments(flags.Output, flags.Model):
     """The flags beside the settings of the cache."""
 
-    lengths: list[int] = argument("tokens of the streams, question included (16384 32768)", (16384, 32768), metavar="N")
-    depths: list[float] = argument(
+    lengths: list[int] = flags.argument(
+        "tokens of the streams, question included (16384 32768)", (16384, 32768), metavar="N"
+    )
+    depths: list[float] = flags.argument(
         "where the key is: 0 at the beginning, 1 at the end (0.1 0.3 0.5 0.7 0.9)",
         (0.1, 0.3, 0.5, 0.7, 0.9),
         metavar="SHARE",
     )
-    trials: int = count("keys at each depth of each length (%(default)s)", 1)
-    filler: str = argument(
+    trials: int = flags.count("keys at each depth of each length (%(default)s)", 1)
+    filler: str = flags.argument(
         f"what the key is hidden in: novel (the shipped one), a text file, or {GRASS_NAME}, the same five sentences again "
         "and again (%(default)s)",
         "novel",
         metavar="NAME",
     )
-    methods: list[str] = method_names(DEFAULT_METHODS)
-    chunk_size: int = count("tokens a forward pass; 1: one by one (%(default)s)", CHUNK)
-    full_tokens: int = count(
+    methods: list[str] = flags.methods(DEFAULT_METHODS)
+    chunk_size: int = flags.count("tokens a forward pass; 1: one by one (%(default)s)", CHUNK)
+    full_tokens: int = flags.count(
         "leave the full cache out of longer streams: its time grows with their square (%(default)s)", 16384
     )
-    output_dir: str = directory("results/passkey")
-    markdown: Switch = switch("print the table in Markdown too")
+    output_dir: str = flags.directory("results/passkey")
+    markdown: flags.Switch = flags.switch("print the table in Markdown too")
 
 
 class Passkey(ModelRun):

@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from . import report, streaming, texts
-from .arguments import BAD_USAGE, Parser, split_names
+from . import flags, report, streaming, texts
 from .errors import LEAST, EvaluationError, check_least, require
 from .methods import DEFAULT_MIDDLE, DEFAULT_RECENT, Plan, cache_factory, check_plans, plan_methods, resolve_settings
 
@@ -47,9 +46,9 @@ class Run(abc.ABC):
         self.seed = self.settings.get("seed", 0)
 
     @classmethod
-    def parser(cls) -> Parser:
+    def parser(cls) -> flags.Parser:
         """The parser of its command line."""
-        return Parser(cls.prog, cls.__doc__, cls.Arguments, cls.sizes)
+        return flags.Parser(cls.prog, cls.__doc__, cls.Arguments, cls.sizes)
 
     @classmethod
     def parse(cls, argv: Sequence[str]) -> Run:
@@ -80,7 +79,7 @@ class Run(abc.ABC):
 
     def plan(self, names: Sequence[str]) -> list[Plan]:
         """The methods named, which may be joined by commas, with the settings given; `ValueError` for a wrong one."""
-        plans = plan_methods(split_names(names), resolve_settings(self.settings, *self.sizes))
+        plans = plan_methods(flags.split_names(names), resolve_settings(self.settings, *self.sizes))
         check_plans(plans)
         return plans
 
@@ -109,7 +108,10 @@ class Run(abc.ABC):
 
 
 class ModelRun(Run):
-    """A command that loads a model and writes what it found, and a picture where it has one, into `output_dir`."""
+    """A command that loads a model and writes what it found into `output_dir`.
+
+    `results`: the file of its `document`. `picture`: the file that its `plot(path)` draws, None where it has none.
+    """
 
     packages = ("rich", "matplotlib")
     results: ClassVar[str] = "results.json"
@@ -141,11 +143,11 @@ class ModelRun(Run):
         """Tokens the model was trained on; None where its config does not say."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
-    def text(self, name: str | None, **options: Any) -> texts.TextStreams:
-        """The text `name`, None for the shipped novel, as the flags have it; `options` win over them."""
+    def text(self, dataset_name: str | None, **options: Any) -> texts.TextStreams:
+        """The text of that name, None for the shipped novel, as the flags have it; `options` win over them."""
         known = inspect.signature(texts.load_text).parameters
-        flags = {flag: value for flag, value in vars(self.arguments).items() if flag in known}
-        return texts.load_text(self.tokenizer, **flags | {"dataset_name": name} | options)
+        given = {name: value for name, value in vars(self.arguments).items() if name in known}
+        return texts.load_text(self.tokenizer, **given | {"dataset_name": dataset_name} | options)
 
     def evaluate(self, text: texts.TextStreams, plans: Sequence[Plan], **options: Any) -> dict[str, streaming.MethodResult]:
         """Read a text with several methods in lockstep; `options`: others of `streaming.evaluate_streams`."""
@@ -158,14 +160,11 @@ class ModelRun(Run):
     def document(self) -> dict[str, Any]:
         """What its file of results holds; all that differs between two runs on one machine is under `timing`."""
 
-    def plot(self, path: Path) -> None:
-        """Draw its picture into a file, where it has one."""
-
     def recorded(self, **more: Any) -> dict[str, Any]:
         """What a document says of the run: its flags, each method's settings, and `more`."""
         given = vars(self.arguments) | self.settings
-        flags = {name: given[name] for name in sorted(given) if name != "output_dir"}
-        return flags | {"methods": {plan.method.name: plan.settings for plan in self.plans}} | more
+        given = {name: given[name] for name in sorted(given) if name != "output_dir"}
+        return given | {"methods": {plan.method.name: plan.settings for plan in self.plans}} | more
 
     def progress(self, total: int) -> report.Progress:
         """A report of the progress through `total` tokens."""
@@ -182,4 +181,4 @@ def exit_code(prog: str, run: Callable[[], int]) -> int:
     except (EvaluationError, TypeError, ValueError) as error:
         usage = not isinstance(error, EvaluationError)
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return BAD_USAGE if usage else FAILED
+        return flags.BAD_USAGE if usage else FAILED

@@ -20,7 +20,7 @@ import torch
 
 from ..model_facts import cache_argument
 from ..units import format_bytes
-from .arguments import argument, count
+from . import flags
 from .methods import METHODS, cache_factory
 from .reading import settled_resident
 from .run import Run
@@ -270,10 +270,10 @@ def summary(result: SoakResult) -> str:
 class SoakArguments:
     """The flags beside the settings of the cache."""
 
-    tokens: int = count("tokens of the stream (%(default)s)", 1_000_000)
-    chunk_size: int = count("tokens a forward pass; 1: one by one (%(default)s)", 64)
-    window: int = count("the model's trained length in tokens (%(default)s)", WINDOW)
-    method: str = argument(f"of {', '.join(name for name in METHODS if name != 'full')} (%(default)s)", "adms")
+    tokens: int = flags.count("tokens of the stream (%(default)s)", 1_000_000)
+    chunk_size: int = flags.count("tokens a forward pass; 1: one by one (%(default)s)", 64)
+    window: int = flags.count("the model's trained length in tokens (%(default)s)", WINDOW)
+    method: str = flags.argument(f"of {', '.join(name for name in METHODS if name != 'full')} (%(default)s)", "adms")
 
 
 class Soak(Run):

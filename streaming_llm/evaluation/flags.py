@@ -23,7 +23,12 @@ Switch = typing.NewType("Switch", bool)
 
 class _Switch(argparse.BooleanOptionalAction):
     def __init__(self, option_strings: Sequence[str], dest: str, type: Any = None, **options: Any):
+        # HfArgumentParser gives every action the field's type.
         super().__init__(option_strings, dest, **options)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        # argparse's own ignores a spelling that is not among `option_strings`, as the one with hyphens.
+        setattr(namespace, self.dest, not option_string.startswith("--no-"))
 
 
 def argument(help: str, default: Any = None, **options: Any) -> Any:
@@ -43,7 +48,7 @@ def switch(help: str, default: bool = False) -> Any:
     return argument(help, default, action=_Switch)
 
 
-def method_names(default: Sequence[str]) -> Any:
+def methods(default: Sequence[str]) -> Any:
     """The field of the methods to compare."""
     known = f"methods to compare, at equal tokens a head: {', '.join(METHODS)} ({' '.join(default)})"
     return argument(known, default, metavar="METHOD")
@@ -55,7 +60,7 @@ def directory(default: str) -> Any:
 
 
 @dataclass
-class ModelArguments:
+class Model:
     """What is run and on what."""
 
     model_name_or_path: str | None = argument("hub name, local folder or .gguf file (SmolLM2-135M-Instruct)", metavar="NAME")
@@ -64,7 +69,7 @@ class ModelArguments:
 
 
 @dataclass
-class NameArguments:
+class TextName:
     """Where a text comes from."""
 
     dataset_name: str | None = argument(
@@ -75,7 +80,7 @@ class NameArguments:
 
 
 @dataclass
-class TextArguments:
+class Text:
     """What of a data set, and from where on, a text is read."""
 
     task: str | None = argument("the data set's configuration, such as wikitext-2-raw-v1")
@@ -86,7 +91,7 @@ class TextArguments:
 
 
 @dataclass
-class OutputArguments:
+class Output:
     """How much at once, and what is told."""
 
     chunk_size: int = count("tokens a forward pass; 1: one by one (%(default)s)", 64)
@@ -94,7 +99,7 @@ class OutputArguments:
     log_every: int = count("print a line every N tokens; 0: never (%(default)s)", 1024)
 
 
-def settings_arguments(recent: int, middle: int) -> type:
+def cache_settings(recent: int, middle: int) -> type:
     """A dataclass of the file of flags and of every field of `ADMSConfig`, None for each that is not given.
 
     `recent`, `middle`: the sizes that hold where none are given, as of `resolve_settings`.
@@ -125,7 +130,7 @@ class Parser(HfArgumentParser):
     """
 
     def __init__(self, prog: str, description: str, arguments: type, sizes: tuple[int, int] | None = None):
-        kinds = [arguments] if sizes is None else [arguments, settings_arguments(*sizes)]
+        kinds = [arguments] if sizes is None else [arguments, cache_settings(*sizes)]
         # The help texts tell the defaults themselves.
         form = argparse.HelpFormatter
         super().__init__(kinds, prog=prog, description=description, allow_abbrev=False, formatter_class=form)
