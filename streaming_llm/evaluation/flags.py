@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
+from .. import ADMSConfig
 from .methods import FEATURES, METHODS, resolve_settings
 
 BAD_USAGE = 2
@@ -104,8 +105,6 @@ def cache_settings(recent: int, middle: int) -> type:
 
     `recent`, `middle`: the sizes that hold where none are given, as of `resolve_settings`.
     """
-    from streaming_llm import ADMSConfig
-
     file = "JSON object of these flags and settings by name; flags on the command line win over it"
     fields = [("config", str, argument(file, metavar="FILE"))]
     defaults, kinds = resolve_settings({}, recent, middle), typing.get_type_hints(ADMSConfig)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import ADMSConfig
 from ..units import format_bytes
 from . import flags, report, streaming
 from .errors import EvaluationError
@@ -45,8 +46,6 @@ class LongArguments(flags.Output, flags.Text, flags.TextName, flags.Model):
 
 def own_positions(plans: Sequence[Plan], given: Mapping[str, Any]) -> list[Plan]:
     """The plans, StreamingLLM with positions within its cache, as its paper has them, unless positions were asked for."""
-    from streaming_llm import ADMSConfig
-
     if "position_policy" not in ADMSConfig.setting_names() or {"position_policy", "enable_pos_shift"} & set(given):
         return list(plans)
     own = {"position_policy": "cache"}

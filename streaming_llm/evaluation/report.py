@@ -11,6 +11,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
+from .. import __version__
 from ..units import format_bytes
 from .errors import EvaluationError
 from .streaming import MethodResult
@@ -134,14 +138,9 @@ def document(settings: Mapping[str, Any], device: Any, results: Any, timing: Any
 
 def environment(device: Any) -> dict[str, Any]:
     """Versions and hardware a result depends on."""
-    import torch
-    import transformers
-
-    import streaming_llm
-
     cuda = getattr(device, "type", str(device)) == "cuda"
     return {
-        "streaming_llm": getattr(streaming_llm, "__version__", None),
+        "streaming_llm": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

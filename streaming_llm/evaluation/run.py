@@ -15,7 +15,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from . import flags, report, streaming, texts
+import torch
+import transformers
+
+from . import flags, models, report, streaming, texts
 from .errors import LEAST, EvaluationError, check_least, require
 from .methods import DEFAULT_MIDDLE, DEFAULT_RECENT, Plan, cache_factory, check_plans, plan_methods, resolve_settings
 
@@ -120,12 +123,6 @@ class ModelRun(Run):
     def load(self) -> None:
         """See that the output directory can be written, and load the model."""
         super().load()
-
-        import torch
-        import transformers
-
-        from . import models
-
         given, output = self.arguments, Path(self.arguments.output_dir).expanduser()
         self.files = {} if self.picture is None else {output / self.picture: self.plot}
         self.files[output / self.results] = lambda path: report.write_json(path, self.document())

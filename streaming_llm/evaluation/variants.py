@@ -9,6 +9,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .. import ADMSConfig
 from .methods import BASE, FEATURE_SETTINGS, FEATURES, Method, Plan, plan_methods
 
 # What sketch_budget and replay_budget of `ADMSConfig.adm_plus_plus()` are meant for; they scale with the middle.
@@ -48,8 +49,6 @@ def plan_variants(names: Sequence[str], budget: int, settings: Mapping[str, Any]
     calibration is left out with a warning on a model without RoPE; otherwise it is refused there.
     Raises `ValueError` for an unknown variant, a budget with no room for a variant, or a setting that can't be given.
     """
-    from streaming_llm import ADMSConfig
-
     given = dict(settings or {})
     for name in names:
         if name not in VARIANTS:
@@ -93,8 +92,6 @@ def plan_variants(names: Sequence[str], budget: int, settings: Mapping[str, Any]
 
 def parse_settings(assignments: Sequence[str]) -> dict[str, Any]:
     """Settings from `name=value` texts, each of the type of its field in `ADMSConfig`; `ValueError` for a wrong one."""
-    from streaming_llm import ADMSConfig
-
     kinds = typing.get_type_hints(ADMSConfig)
     settings: dict[str, Any] = {}
     for assignment in assignments:
