@@ -254,6 +254,23 @@ def test_an_interrupted_run_leaves_nothing_and_says_so_in_one_line(run, capsys, 
     assert capsys.readouterr().err.strip() == "ablation.py: interrupted"
 
 
+def test_what_a_finished_budget_found_is_there_when_the_next_one_fails(run, monkeypatch):
+    whole = streaming.evaluate_streams
+    calls = []
+
+    def fail(*args, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(*args, **options)
+
+    monkeypatch.setattr(streaming, "evaluate_streams", fail)
+    code, out = run("--variants", "base")
+    assert code == 130
+    [only] = json.loads((out / "ablation.json").read_text())["results"]
+    assert only["budget"] == BUDGETS[0]
+
+
 def section(base_kl, streaming_kl):
     results = {name: result(name, base_kl, 1.0, {"attended": 1}) for name in ablation.VARIANTS}
     references = {"full": result("full", 0.0, 1.0, {}), "streaming": result("streaming", streaming_kl, 1.0, {})}

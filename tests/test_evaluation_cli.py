@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from test_families import make as make_family
 
+import streaming_llm
 from streaming_llm import ADMSConfig
 from streaming_llm.evaluation import METHODS, resolve_settings, streaming
 from streaming_llm.evaluation.comparison import Comparison, EveryMethod
@@ -292,6 +293,15 @@ def test_what_is_missing_is_one_line_and_code_1(run, capsys):
     code, _ = run("--dataset_name", "missing.txt")
     assert code == 1
     assert "there is no text file missing.txt" in capsys.readouterr().err
+
+
+def test_nothing_of_the_library_imports_the_evaluation():
+    package = Path(streaming_llm.__file__).parent
+    library = [path for path in package.rglob("*.py") if "evaluation" not in path.relative_to(package).parts]
+    assert len(library) > 30
+    assert [
+        path for path in library if re.search(r"^\s*(from|import) .*\bevaluation\b", path.read_text(), re.MULTILINE)
+    ] == []
 
 
 @pytest.mark.parametrize("name", ["eval_adms_vs_streaming.py", "compare_methods.py"])
