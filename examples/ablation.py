@@ -8,9 +8,9 @@ import sys
 
 
 def run() -> int:
-    from streaming_llm.evaluation.ablation import main
+    from streaming_llm.evaluation.ablation import Ablation
 
-    return main()
+    return Ablation.main()
 
 
 if __name__ == "__main__":

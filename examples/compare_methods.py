@@ -7,16 +7,9 @@ import sys
 
 
 def run() -> int:
-    from streaming_llm.evaluation.cli import main
-    from streaming_llm.evaluation.methods import METHODS
+    from streaming_llm.evaluation.comparison import EveryMethod
 
-    return main(
-        prog="compare_methods.py",
-        description="Compare every method at equal tokens a head on one stream of text; prints the table in Markdown too.",
-        methods=tuple(METHODS),
-        output_dir="results/compare_methods",
-        markdown=True,
-    )
+    return EveryMethod.main()
 
 
 if __name__ == "__main__":

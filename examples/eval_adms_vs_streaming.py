@@ -8,14 +8,9 @@ import sys
 
 
 def run() -> int:
-    from streaming_llm.evaluation.cli import main
+    from streaming_llm.evaluation.comparison import Comparison
 
-    return main(
-        prog="eval_adms_vs_streaming.py",
-        description="Compare ADMS and StreamingLLM at equal tokens a head with the full cache, on one stream of text.",
-        methods=("full", "streaming", "adms"),
-        output_dir="results",
-    )
+    return Comparison.main()
 
 
 if __name__ == "__main__":

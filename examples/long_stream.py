@@ -8,9 +8,9 @@ import sys
 
 
 def run() -> int:
-    from streaming_llm.evaluation.long_stream import main
+    from streaming_llm.evaluation.long_stream import LongStream
 
-    return main()
+    return LongStream.main()
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ import sys
 
 
 def run() -> int:
-    from streaming_llm.evaluation.cases import markdown, run_cases
+    from streaming_llm.evaluation.cases import Cases
 
-    print(markdown(run_cases()))
-    return 0
+    return Cases.main()
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    try:
+        sys.exit(run())
+    except KeyboardInterrupt:  # while the libraries are still being imported; `main` handles the rest
+        sys.exit(130)

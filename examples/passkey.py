@@ -8,9 +8,9 @@ import sys
 
 
 def run() -> int:
-    from streaming_llm.evaluation.passkey import main
+    from streaming_llm.evaluation.passkey import Passkey
 
-    return main()
+    return Passkey.main()
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ import sys
 
 
 def run() -> int:
-    from streaming_llm.evaluation.soak import main
+    from streaming_llm.evaluation.soak import Soak
 
-    return main()
+    return Soak.main()
 
 
 if __name__ == "__main__":

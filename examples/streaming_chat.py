@@ -3,12 +3,13 @@
 With no argument: SmolLM2-135M-Instruct and ADM++. `/help` lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.
 """
 
-import argparse
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 HELP = """\
 /stats       what the cache holds: tokens by tier, bytes, counters
@@ -23,63 +24,59 @@ LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 MOST_HISTORY = 1000
 
 
-def build_parser() -> argparse.ArgumentParser:
-    from streaming_llm.evaluation import cli
+def parser():
+    """The parser of the command line."""
+    from streaming_llm.evaluation import flags
+    from streaming_llm.evaluation.methods import DEFAULT_MIDDLE, DEFAULT_RECENT
 
-    parser = cli.Parser(
-        prog="streaming_chat.py",
-        description="Chat in the terminal, in bounded memory however long it gets.",
-        allow_abbrev=False,
-    )
-    cli.add_model_flags(parser.add_argument_group("model"))
-    group = parser.add_argument_group("chat")
-    add = group.add_argument
-    add("--system", metavar="TEXT", help="system message (that of the model's chat template)")
-    add("--max_new_tokens", type=int, default=512, metavar="N", help="most tokens of an answer (%(default)s)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="of the sampling; 0: the likeliest token (%(default)s)")
-    add("--top_p", type=float, default=1.0, metavar="P", help="sample from this much probability (%(default)s: all)")
-    add("--script", metavar="FILE", help="take the turns from a file, one a line; # begins a comment (the terminal)")
-    add("--log_level", choices=LEVELS, default="WARNING", help="what is logged; INFO: the cache's state (%(default)s)")
-    cli.add_config_flag(group)
-    cli.add_settings(parser)
-    return parser
+    @dataclass
+    class Arguments(flags.Model):
+        system: str | None = flags.argument("system message (that of the model's chat template)", metavar="TEXT")
+        max_new_tokens: int = flags.count("most tokens of an answer (%(default)s)", 512)
+        temperature: float = flags.argument("of the sampling; 0: the likeliest token (%(default)s)", 0.0, metavar="T")
+        top_p: float = flags.argument("sample from this much probability (%(default)s: all)", 1.0, metavar="P")
+        script: str | None = flags.argument(
+            "take the turns from a file, one a line; # begins a comment (the terminal)", metavar="FILE"
+        )
+        log_level: str = flags.argument("what is logged; INFO: the cache's state (%(default)s)", "WARNING", choices=LEVELS)
+
+    description = "Chat in the terminal, in bounded memory however long it gets."
+    return flags.Parser("streaming_chat.py", description, Arguments, (DEFAULT_RECENT, DEFAULT_MIDDLE))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from streaming_llm.evaluation import cli
+    from streaming_llm.evaluation.run import exit_code
 
-    parser = build_parser()
-    arguments = cli.parse_arguments(parser, sys.argv[1:] if argv is None else argv)
-    return cli.exit_code(parser.prog, lambda: run(arguments))
+    given = parser().parse(sys.argv[1:] if argv is None else argv)
+    return exit_code("streaming_chat.py", lambda: run(*given))
 
 
-def checked(arguments: argparse.Namespace):
+def checked(arguments, settings: Mapping[str, Any]):
     """The plan of the cache and the chat's settings. Raises `ValueError` for what is wrong with either."""
     from streaming_llm.chat import check_answer_settings
     from streaming_llm.evaluation import plan_methods, resolve_settings
-    from streaming_llm.evaluation.cli import cache_settings
 
-    [plan] = plan_methods(["adms"], resolve_settings(cache_settings(arguments)))
+    [plan] = plan_methods(["adms"], resolve_settings(settings))
     answers = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p")}
     check_answer_settings(**answers)
     return plan, answers
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments, settings: Mapping[str, Any]) -> int:
     import transformers
 
     from streaming_llm.chat import Chat
     from streaming_llm.evaluation import cache_factory, load_model
 
     # All that can be wrong with the arguments is found before the weights are loaded.
-    plan, answers = checked(arguments)
+    plan, answers = checked(arguments, settings)
     script = None if arguments.script is None else read_script(arguments.script)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("streaming_llm").setLevel(arguments.log_level)
     logging.getLogger("streaming_llm.evaluation").setLevel(min(logging.INFO, logging.getLevelName(arguments.log_level)))
     transformers.utils.logging.disable_progress_bar()
     model, tokenizer = load_model(arguments.model_name_or_path, arguments.dtype, arguments.device)
-    seed = getattr(arguments, "seed", 0)
+    seed = settings.get("seed", 0)
     chat = Chat(model, tokenizer, cache_factory(model, plan)(), system=arguments.system, seed=seed, **answers)
     if script is None:
         return converse(chat)

@@ -21,7 +21,12 @@ from test_families import VARIANTS
 
 import streaming_llm
 from streaming_llm import SUPPORTED_MODEL_TYPES, ADMSConfig, compressors, registry
-from streaming_llm.evaluation import ablation, cli, long_stream, passkey, plan_methods, resolve_settings, soak
+from streaming_llm.evaluation.ablation import Ablation
+from streaming_llm.evaluation.cases import Cases
+from streaming_llm.evaluation.comparison import Comparison, EveryMethod
+from streaming_llm.evaluation.long_stream import LongStream
+from streaming_llm.evaluation.passkey import Passkey
+from streaming_llm.evaluation.soak import Soak
 from streaming_llm.sizing import BOOKKEEPING_BYTES, ORIGINAL_BYTES
 
 ROOT = Path(__file__).parent.parent
@@ -30,10 +35,6 @@ DOCUMENTS = ("README.md", "QUICKSTART.md", "ADM_PLUS_PLUS_IMPLEMENTATION.md")
 
 def read(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
-
-
-def parser():
-    return cli.build_parser("script.py", "", ("full", "streaming", "adms"), "results")
 
 
 def chat_script():
@@ -64,17 +65,12 @@ def flag_table(flags) -> str:
     return "\n".join(rows)
 
 
-# Scripts with a parser of their own, and what checks its arguments.
-LONG = {
-    "examples/long_stream.py": (long_stream, long_stream.checked_plans),
-    "examples/passkey.py": (passkey, passkey.checked_plans),
-    "examples/soak.py": (soak, soak.checked_plan),
-}
+RUNS = {f"examples/{run.prog}": run for run in (Comparison, EveryMethod, Ablation, LongStream, Passkey, Soak, Cases)}
 
 
 def chat_flags():
     """The chat's flags, less those that say of a module that it is off, which are the other scripts' too."""
-    flags = chat_script().build_parser().flags()
+    flags = chat_script().parser().flags()
     return {name: action for name, action in flags.items() if not name.startswith("disable_")}
 
 
@@ -83,7 +79,7 @@ MADE_FROM_CODE = {
     ("README.md", "rope types"): rope_types,
     ("README.md", "vision types"): lambda: composite_types("vision"),
     ("README.md", "audio types"): lambda: composite_types("audio"),
-    ("QUICKSTART.md", "flags"): lambda: f"\n{flag_table(parser().flags())}\n",
+    ("QUICKSTART.md", "flags"): lambda: f"\n{flag_table(Comparison.parser().flags())}\n",
     ("QUICKSTART.md", "chat flags"): lambda: f"\n{flag_table(chat_flags())}\n",
     ("QUICKSTART.md", "settings"): lambda: f"\n{ADMSConfig.describe()}\n",
 }
@@ -144,10 +140,8 @@ def test_what_is_made_from_the_code_is_what_the_code_says(document, part):
 
 
 def test_every_flag_in_the_documents_exists():
-    flags = parser().flags()
-    others = (ablation, long_stream, passkey, soak)
+    flags = {name for run in RUNS.values() for name in run.parser().flags()}
     allowed = {*flags, *(f"no-{name}" for name in flags), *chat_flags(), "help"}
-    allowed |= {name for module in others for name in module.build_parser().flags()}
     for document in DOCUMENTS:
         lines = [line for line in read(document).splitlines() if "pip " not in line]
         named = set(re.findall(r"(?<![\w<!-])--([a-z][\w-]*)", "\n".join(lines)))
@@ -161,18 +155,11 @@ def test_every_example_in_the_documents_can_be_called_as_it_is_written():
     }
     for script, argv in calls:
         assert (ROOT / script).is_file()
-        if "main(" not in read(script):
-            assert argv == [], f"{script} takes no arguments"
-        elif script == "examples/ablation.py":
-            ablation._checked_plans(ablation.build_parser().parse_args(argv))
-        elif script in LONG:
-            module, check = LONG[script]
-            check(cli.parse_arguments(module.build_parser(), argv))
-        elif script == "examples/streaming_chat.py":
-            chat_script().checked(cli.parse_arguments(chat_script().build_parser(), argv))
+        if script in RUNS:
+            RUNS[script].parse(argv).check()
         else:
-            arguments = cli.parse_arguments(parser(), argv)
-            plan_methods(arguments.methods, resolve_settings(cli.cache_settings(arguments)))
+            assert script == "examples/streaming_chat.py"
+            chat_script().checked(*chat_script().parser().parse(argv))
 
 
 def test_the_commands_that_ci_takes_from_the_readme_are_there():

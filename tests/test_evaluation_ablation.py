@@ -43,7 +43,7 @@ def run(tiny_model_folder, text_file, tmp_path):
         base = ["--model_name_or_path", str(tiny_model_folder), "--device", "cpu", "--num_eval_tokens", "300"]
         base += ["--texts", str(text_file), "--budgets", *map(str, BUDGETS), "--output_dir", str(tmp_path / "out")]
         base += ["--log_every", "0", "--set", "rank=4", "compression_interval=16", "min_importance_tokens=1"]
-        return ablation.main([*base, *argv]), tmp_path / "out"
+        return ablation.Ablation.main([*base, *argv]), tmp_path / "out"
 
     return start
 
@@ -252,6 +252,23 @@ def test_an_interrupted_run_leaves_nothing_and_says_so_in_one_line(run, capsys, 
     assert code == 130
     assert os.listdir(out) == []
     assert capsys.readouterr().err.strip() == "ablation.py: interrupted"
+
+
+def test_what_a_finished_budget_found_is_there_when_the_next_one_fails(run, monkeypatch):
+    whole = streaming.evaluate_streams
+    calls = []
+
+    def fail(*args, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(*args, **options)
+
+    monkeypatch.setattr(streaming, "evaluate_streams", fail)
+    code, out = run("--variants", "base")
+    assert code == 130
+    [only] = json.loads((out / "ablation.json").read_text())["results"]
+    assert only["budget"] == BUDGETS[0]
 
 
 def section(base_kl, streaming_kl):

@@ -58,6 +58,8 @@ def test_the_example_prints_the_table(capsys):
     assert capsys.readouterr().out.count("\n|") == len(cases.run_cases(1)) + 1
 
 
-def test_fewer_than_one_seed_is_refused():
+def test_fewer_than_one_seed_is_refused(capsys):
     with pytest.raises(ValueError, match="seeds=0 must be at least 1"):
         cases.run_cases(0)
+    assert cases.Cases.main(["--seeds", "0"]) == 2
+    assert capsys.readouterr().err == "module_cases.py: error: seeds=0 must be at least 1\n"

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from test_families import make as make_family
 
+import streaming_llm
 from streaming_llm import ADMSConfig
-from streaming_llm.evaluation import METHODS, cli, resolve_settings, streaming
+from streaming_llm.evaluation import METHODS, resolve_settings, streaming
+from streaming_llm.evaluation.comparison import Comparison, EveryMethod
 from streaming_llm.evaluation.methods import FEATURES
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -32,11 +34,11 @@ def without_rope():
 
 @pytest.fixture
 def parser():
-    return cli.build_parser("script.py", "A description.", ("full", "adms"), "results")
+    return Comparison.parser()
 
 
 def settings(parser, *argv):
-    return cli.cache_settings(cli.parse_arguments(parser, argv))
+    return parser.parse(argv)[1]
 
 
 @pytest.fixture
@@ -45,13 +47,12 @@ def run(tiny_model_folder, tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("rich")
 
-    def start(*argv, methods=("full", "streaming", "adms"), **options):
+    def start(*argv, command=Comparison):
         base = ["--model_name_or_path", str(tiny_model_folder), "--device", "cpu", "--num_eval_tokens", "300"]
         base += ["--recent_size", "24", "--compressed_budget", "12", "--sketch_budget", "8", "--replay_budget", "4"]
         base += ["--rank", "4", "--compression_interval", "16"]
         base += ["--decode_tokens", "0", "--output_dir", str(tmp_path / "out")]
-        names = dict(prog="script.py", description="", methods=methods, output_dir="results")
-        return cli.main([*base, *argv], **names, **options), tmp_path / "out"
+        return command.main([*base, *argv]), tmp_path / "out"
 
     return start
 
@@ -62,6 +63,22 @@ def test_every_setting_and_every_documented_flag_is_there(parser):
     assert [name for name in DOCUMENTED if name not in flags] == []
     assert [name for name, action in flags.items() if not action.help] == []
     assert "compressed_budget" in parser.format_help()
+
+
+def test_help_names_each_flag_as_it_is_documented(parser):
+    named = [option for action in parser.flags().values() for option in action.option_strings]
+    assert [option for option in named if "-" in option.removeprefix("--no-").removeprefix("--")] == []
+    switches = [field.name for field in dataclasses.fields(ADMSConfig) if isinstance(field.default, bool)]
+    assert switches and {f"--no-{name}" for name in [*switches, "concat_stream"]} <= set(named)
+
+
+def test_hyphens_do_for_underscores(parser):
+    assert settings(parser, "--no-enable-pos-shift", "--attention-blend=0.5", "--enable-dynamic-sink") == {
+        "enable_pos_shift": False,
+        "attention_blend": 0.5,
+        "enable_dynamic_sink": True,
+    }
+    assert not parser.parse(["--no-concat-stream"])[0].concat_stream
 
 
 def test_settings_not_given_are_left_to_the_library(parser):
@@ -105,10 +122,10 @@ def test_a_file_gives_flags_and_settings_and_the_command_line_wins(parser, tmp_p
     content = {"rank": 8, "seed": 3, "methods": ["adms", "tova"], "enable_pos_shift": False, "task": None}
     content |= {"disable_dual_fidelity": True, "concat_stream": False, "attention_blend": 0.5}
     path.write_text(json.dumps(content))
-    arguments = cli.parse_arguments(parser, ["--config", str(path), "--rank", "4", "--dtype", "bfloat16"])
+    arguments, given = parser.parse(["--config", str(path), "--rank", "4", "--dtype", "bfloat16"])
     expected = {"rank": 4, "seed": 3, "enable_pos_shift": False, "enable_dual_fidelity": False, "attention_blend": 0.5}
-    assert cli.cache_settings(arguments) == expected
-    assert (arguments.seed, arguments.methods, arguments.concat_stream) == (3, ["adms", "tova"], False)
+    assert given == expected
+    assert (arguments.methods, arguments.concat_stream) == (["adms", "tova"], False)
     assert (arguments.dtype, arguments.task) == ("bfloat16", None)
 
 
@@ -129,7 +146,7 @@ def test_a_wrong_file_is_refused_in_one_line(parser, tmp_path, capsys, content, 
     path = tmp_path / "run.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(SystemExit) as caught:
-        cli.parse_arguments(parser, [f"--config={path}"])
+        parser.parse([f"--config={path}"])
     assert caught.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -229,7 +246,7 @@ def test_a_run_prints_the_table_and_writes_both_files_and_repeats_to_the_digit(r
 
 
 def test_every_method_runs_and_is_printed_in_markdown(run, capsys):
-    code, out = run("--methods", ",".join(METHODS), "--decode_tokens", "16", markdown=True)
+    code, out = run("--decode_tokens", "16", command=EveryMethod)
     assert code == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [row.split("|")[1].strip() for row in rows[2:]] == list(METHODS)
@@ -256,7 +273,7 @@ def test_an_interrupted_run_leaves_nothing_and_says_so_in_one_line(run, capsys, 
     code, out = run()
     assert code == 130
     assert os.listdir(out) == []
-    assert capsys.readouterr().err.strip() == "script.py: interrupted"
+    assert capsys.readouterr().err.strip() == "eval_adms_vs_streaming.py: interrupted"
 
 
 def test_an_interrupt_while_the_picture_is_drawn_leaves_nothing(run, monkeypatch):
@@ -276,6 +293,15 @@ def test_what_is_missing_is_one_line_and_code_1(run, capsys):
     code, _ = run("--dataset_name", "missing.txt")
     assert code == 1
     assert "there is no text file missing.txt" in capsys.readouterr().err
+
+
+def test_nothing_of_the_library_imports_the_evaluation():
+    package = Path(streaming_llm.__file__).parent
+    library = [path for path in package.rglob("*.py") if "evaluation" not in path.relative_to(package).parts]
+    assert len(library) > 30
+    assert [
+        path for path in library if re.search(r"^\s*(from|import) .*\bevaluation\b", path.read_text(), re.MULTILINE)
+    ] == []
 
 
 @pytest.mark.parametrize("name", ["eval_adms_vs_streaming.py", "compare_methods.py"])

@@ -18,7 +18,19 @@ from transformers import DynamicCache
 
 from streaming_llm import ADMSConfig, disable_adms_llm, enable_adms_llm
 from streaming_llm.baselines import enable_baseline
-from streaming_llm.evaluation import EvaluationError, evaluate_streams, load_text, long_stream, passkey, soak, streaming
+from streaming_llm.evaluation import (
+    EvaluationError,
+    evaluate_streams,
+    load_text,
+    long_stream,
+    passkey,
+    reading,
+    soak,
+    streaming,
+)
+from streaming_llm.evaluation.long_stream import LongStream
+from streaming_llm.evaluation.passkey import Passkey
+from streaming_llm.evaluation.soak import Soak
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SIZES = ["--recent_size", "24", "--compressed_budget", "12", "--sketch_budget", "8", "--replay_budget", "4"]
@@ -140,7 +152,7 @@ def test_the_worst_eighth_is_compared_to_the_first():
 def test_memory_and_time_are_compared_between_the_start_and_the_end(monkeypatch):
     model = make_tiny_llama()
     readings = iter([1000, 1500])
-    monkeypatch.setattr(long_stream, "resident_bytes", lambda: next(readings))
+    monkeypatch.setattr(reading, "resident_bytes", lambda: next(readings))
     clock = iter(range(1000))
     # Each forward pass takes as many seconds as its number has twenties, and one more.
     monkeypatch.setattr(
@@ -166,12 +178,12 @@ def test_a_bounded_cache_has_the_same_bytes_at_the_start_and_at_the_end():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system does not tell")
 def test_resident_memory_is_read_as_the_system_tells_it():
-    before = long_stream.settled_resident()
+    before = reading.settled_resident()
     block = torch.ones(64 * 2**20, dtype=torch.uint8)
-    grown = long_stream.settled_resident()
+    grown = reading.settled_resident()
     assert 56 * 2**20 < grown - before < 72 * 2**20
     del block
-    assert long_stream.settled_resident() - before < 8 * 2**20
+    assert reading.settled_resident() - before < 8 * 2**20
 
 
 def test_logits_that_are_no_numbers_stop_the_stream():
@@ -183,7 +195,7 @@ def test_logits_that_are_no_numbers_stop_the_stream():
 
 def test_the_long_stream_prints_its_tables_and_writes_its_files(run, capsys):
     code, out = run(
-        long_stream,
+        LongStream,
         "--num_eval_tokens",
         "1100",
         "--full_tokens",
@@ -226,7 +238,7 @@ def test_a_stream_may_begin_further_into_the_text(run, capsys, monkeypatch):
 
     monkeypatch.setattr(long_stream, "stream_method", noted)
     for argv in (["--num_eval_tokens", "150"], ["--num_eval_tokens", "100", "--skip_tokens", "50"]):
-        assert run(long_stream, "--methods", "streaming", *argv)[0] == 0
+        assert run(LongStream, "--methods", "streaming", *argv)[0] == 0
     assert read[1].numel() == 100 and read[1].equal(read[0][50:])
     assert "100 tokens from 50 on, 52 tokens a head" in " ".join(capsys.readouterr().out.split())
 
@@ -240,7 +252,7 @@ def test_what_a_finished_method_found_is_there_when_the_next_one_fails(run, monk
         return whole(model, stream, method, *args, **kwargs)
 
     monkeypatch.setattr(long_stream, "stream_method", fail)
-    code, out = run(long_stream, "--num_eval_tokens", "300", "--methods", "streaming", "adms", "--log_every", "0")
+    code, out = run(LongStream, "--num_eval_tokens", "300", "--methods", "streaming", "adms", "--log_every", "0")
     assert code == 130
     assert list(json.loads((out / "results.json").read_text())["results"]) == ["streaming"]
 
@@ -279,13 +291,13 @@ def test_streaming_llm_has_the_positions_of_its_paper_unless_positions_are_asked
 @pytest.mark.parametrize(
     ("command", "argv", "message"),
     [
-        (long_stream, ["--methods", "lru"], "method 'lru' is not known"),
-        (long_stream, ["--full_tokens", "1"], "full_tokens=1"),
-        (long_stream, ["--chunk_size", "0"], "chunk_size=0"),
-        (passkey, ["--depths", "1.5"], "depths: 1.5 is out of range"),
-        (passkey, ["--lengths", "0"], "lengths: 0 is too small"),
-        (passkey, ["--lengths", "60"], "length=60 leaves no room for filler"),
-        (passkey, ["--trials", "0"], "trials=0"),
+        (LongStream, ["--methods", "lru"], "method 'lru' is not known"),
+        (LongStream, ["--full_tokens", "1"], "full_tokens=1"),
+        (LongStream, ["--chunk_size", "0"], "chunk_size=0"),
+        (Passkey, ["--depths", "1.5"], "depths: 1.5 is out of range"),
+        (Passkey, ["--lengths", "0"], "lengths: 0 is too small"),
+        (Passkey, ["--lengths", "60"], "length=60 leaves no room for filler"),
+        (Passkey, ["--trials", "0"], "trials=0"),
     ],
 )
 def test_wrong_usage_is_one_line_and_code_2(run, capsys, command, argv, message):
@@ -435,7 +447,7 @@ def test_the_table_counts_by_method_length_and_depth():
 
 def test_the_pass_key_command_reports_every_method_and_nothing_breaks(run, capsys):
     code, out = run(
-        passkey, "--lengths", "300", "400", "--depths", "0.1", "0.9", "--full_tokens", "300", "--filler", "grass"
+        Passkey, "--lengths", "300", "400", "--depths", "0.1", "0.9", "--full_tokens", "300", "--filler", "grass"
     )
     printed = capsys.readouterr().out
     assert code == 0
@@ -454,7 +466,7 @@ def test_the_pass_key_command_reports_every_method_and_nothing_breaks(run, capsy
 
 def test_a_broken_generation_is_told_and_is_code_1(run, capsys, monkeypatch):
     monkeypatch.setattr(passkey, "ask", lambda *args: ("", "the logits hold NaN or infinity"))
-    code, _ = run(passkey, "--lengths", "300", "--depths", "0.5", "--methods", "streaming")
+    code, _ = run(Passkey, "--lengths", "300", "--depths", "0.5", "--methods", "streaming")
     assert code == 1
     assert "1 generations broke; the first: the logits hold NaN or infinity" in capsys.readouterr().out
 
@@ -560,7 +572,7 @@ def test_nothing_of_a_soak_stays_on_the_model():
 @pytest.mark.parametrize("method", ["streaming", "adms_low_rank", "adms"])
 def test_the_soak_command_passes_within_the_trained_length(method, capsys):
     pytest.importorskip("rich")
-    code = soak.main(["--tokens", "2500", "--window", "4096", "--method", method])
+    code = Soak.main(["--tokens", "2500", "--window", "4096", "--method", method])
     printed = capsys.readouterr().out
     assert code == 0
     assert "violation:        none" in printed
@@ -570,12 +582,12 @@ def test_the_soak_command_passes_within_the_trained_length(method, capsys):
 
 def test_a_violation_is_printed_and_is_code_1(capsys):
     pytest.importorskip("rich")
-    assert soak.main(["--tokens", "600", "--window", "256", "--no-enable_pos_shift"]) == 1
+    assert Soak.main(["--tokens", "600", "--window", "256", "--no-enable_pos_shift"]) == 1
     assert "violation:        after 320 tokens: the model was given position 319" in capsys.readouterr().out
 
 
 def test_a_soak_without_a_bound_is_refused(capsys):
-    assert soak.main(["--method", "full"]) == 2
+    assert Soak.main(["--method", "full"]) == 2
     assert "method='full' has no bound" in capsys.readouterr().err
 
 
@@ -583,7 +595,7 @@ def test_a_soak_without_a_bound_is_refused(capsys):
 @pytest.mark.parametrize("method", ["streaming", "adms_low_rank", "adms"])
 def test_a_soak_of_many_trained_lengths_passes(method, capsys):
     pytest.importorskip("rich")
-    code = soak.main(["--tokens", "4096", "--method", method])
+    code = Soak.main(["--tokens", "4096", "--method", method])
     printed = capsys.readouterr().out
     assert code == 0, printed
     assert "16 times the trained length" in printed

@@ -6,7 +6,7 @@ module does where it has something to do; what it is worth on text is for the ab
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,10 @@ from streaming_llm.data.queries import Queries
 from streaming_llm.data.tokens import WeightedTokens, concatenate
 from streaming_llm.maths.budgets import share_budget
 
+from . import flags
 from .lone_layer import LoneLayer
+from .report import markdown_columns
+from .run import Run
 
 HEADS, GROUPS, DIM = 2, 2, 16
 SINKS, RECENT, MIDDLE, INTERVAL = 4, 32, 24, 16
@@ -201,7 +204,34 @@ def run_cases(seeds: int = 8) -> list[Case]:
     return [case for make in made for case in make()]
 
 
-def markdown(cases: list[Case]) -> str:
-    """The cases as a Markdown table."""
-    rows = [f"| {case.module} | {case.measured} | {case.without:.4g} | {case.with_module:.4g} |" for case in cases]
-    return "\n".join(["| module | measured | without / first | with / second |", "| --- | --- | --- | --- |", *rows])
+COLUMNS: dict[str, Callable[[Case], str]] = {
+    "module": lambda case: case.module,
+    "measured": lambda case: case.measured,
+    "without / first": lambda case: f"{case.without:.4g}",
+    "with / second": lambda case: f"{case.with_module:.4g}",
+}
+
+
+@dataclass
+class CasesArguments:
+    """The flags."""
+
+    seeds: int = flags.count("random streams for each case that is an average (%(default)s)", 8)
+
+
+class Cases(Run):
+    """Show what each ADM++ module does on a small case made for it (random tensors, no model)."""
+
+    prog = "module_cases.py"
+    Arguments = CasesArguments
+    sizes = None
+    packages = ()
+
+    def measure(self) -> Iterator[None]:
+        """Run all cases."""
+        self.found = run_cases(self.arguments.seeds)
+        yield
+
+    def table(self) -> None:
+        """Print the table."""
+        print(markdown_columns(self.found, COLUMNS))

@@ -1,8 +1,15 @@
-"""The error the evaluation raises when something outside the code is missing: weights, a text, a package."""
+"""What the evaluation raises: for something outside the code that is missing, and for an argument that is too small."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
+from typing import Any
+
+# The smallest value an argument of that name may have.
+LEAST = dict.fromkeys(("skip_tokens", "min_seq_len", "decode_tokens", "log_every", "full_tokens", "seed"), 0)
+LEAST |= dict.fromkeys(("num_samples", "chunk_size", "score_from", "memory_from", "trials", "tokens", "window"), 1)
+LEAST |= dict.fromkeys(("num_eval_tokens", "concat_limit"), 2)
 
 
 class EvaluationError(RuntimeError):
@@ -22,3 +29,10 @@ def require(*modules: str) -> None:
             f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} needed here and not installed: "
             'install the evaluation extra, pip install "streaming-llm[eval]" (or pip install -e ".[eval]" in a clone)'
         )
+
+
+def check_least(arguments: Mapping[str, Any], least: Mapping[str, int] = LEAST) -> None:
+    """Raise `ValueError` for an argument that is given and below what `least` says of it."""
+    for name, value in arguments.items():
+        if value is not None and name in least and value < least[name]:
+            raise ValueError(f"{name}={value} is too small; it must be at least {least[name]}")

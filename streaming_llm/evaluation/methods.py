@@ -7,17 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .. import ADMSConfig, ADMSKVCache, enable_adms_llm
+from ..config import FEATURES
+
 # The comparison of the documentation: 516 tokens a head, 4 of them sinks.
 DEFAULT_RECENT = 256
 DEFAULT_MIDDLE = 256
-FEATURES = (
-    "enable_dual_fidelity",
-    "enable_residual_replay",
-    "enable_position_calibration",
-    "enable_adaptive_controller",
-)
-# The ADM++ features the examples turn on where nothing is said.
-DEFAULT_FEATURES: tuple[str, ...] = FEATURES
 # What a feature sets beside its switch; the values are those of `ADMSConfig.adm_plus_plus()`.
 FEATURE_SETTINGS = {
     "enable_dual_fidelity": ("sketch_budget",),
@@ -84,10 +79,8 @@ def resolve_settings(settings: Mapping[str, Any], recent: int = DEFAULT_RECENT, 
 
     `use_adaptive_budget=True` takes the place of the adaptive controller unless that was given too: both set budgets.
     """
-    from streaming_llm import ADMSConfig
-
-    resolved = Settings({feature: True for feature in DEFAULT_FEATURES} | dict(settings))
-    resolved.defaulted = frozenset(DEFAULT_FEATURES) - set(settings)
+    resolved = Settings(dict.fromkeys(FEATURES, True) | dict(settings))
+    resolved.defaulted = frozenset(FEATURES) - set(settings)
     if settings.get("use_adaptive_budget") and "enable_adaptive_controller" in resolved.defaulted:
         resolved["enable_adaptive_controller"] = False
     features = [feature for feature in FEATURES if resolved.get(feature)]
@@ -115,8 +108,6 @@ def plan_methods(names: Sequence[str], settings: Mapping[str, Any]) -> list[Plan
     window; every other method the same sinks and recent window, and the rest as its budget.
     Raises `ValueError` for an unknown method or a setting that `ADMSConfig` refuses.
     """
-    from streaming_llm import ADMSConfig
-
     if not names:
         raise ValueError(f"methods is empty; choose from {', '.join(METHODS)}")
     for name in names:
@@ -142,6 +133,13 @@ def plan_methods(names: Sequence[str], settings: Mapping[str, Any]) -> list[Plan
     return plans
 
 
+def check_plans(plans: Sequence[Plan]) -> None:
+    """Raise `ValueError` for settings that a cache refuses, before anything is loaded."""
+    for plan in plans:
+        if plan.method.kind == "adms":
+            ADMSKVCache(ADMSConfig(**plan.settings))
+
+
 def cache_factory(model, plan: Plan) -> Callable[[], Any]:
     """A function giving a new cache of the planned method for `model`.
 
@@ -156,8 +154,6 @@ def cache_factory(model, plan: Plan) -> Callable[[], Any]:
         from streaming_llm.baselines import enable_baseline
 
         return lambda: enable_baseline(model, plan.method.name, **plan.settings)
-    from streaming_llm import ADMSConfig, enable_adms_llm
-
     if "enable_position_calibration" not in plan.defaulted:
         return lambda: enable_adms_llm(model, **plan.settings)
     config = ADMSConfig(**plan.settings)

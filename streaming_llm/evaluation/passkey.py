@@ -6,35 +6,22 @@ which a cache that has dropped or merged its tokens can't be expected to do.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import dataclasses
 import random
 import re
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from ..model.facts import cache_argument
-from .cli import (
-    Parser,
-    add_method_flags,
-    add_model_flags,
-    add_output_flags,
-    add_settings,
-    check_least,
-    exit_code,
-    parse_arguments,
-    prepare,
-    recorded_settings,
-)
-from .long_stream import DEFAULT_METHODS, MIDDLE, RECENT, given_plans
-from .methods import Plan, cache_factory
-from .report import Columns, environment, markdown_columns, print_columns, write_json
+from . import flags
+from .long_stream import DEFAULT_METHODS, MIDDLE, RECENT, own_positions
+from .methods import cache_factory
+from .report import Columns, document, markdown_columns, print_columns
+from .run import ModelRun
 from .streaming import REFERENCE, CacheFactory, lockstep
 
 TASK = "There is a pass key hidden in the text below. Find it and remember it.\n\n"
@@ -164,121 +151,130 @@ def run_trials(
 
 @dataclass(frozen=True)
 class Line:
-    """One method at one length, as a line of the table: found and tried for each depth, and how many broke."""
+    """The trials of one method at one length, as a line of the table."""
 
     method: str
     length: int
-    found: Mapping[float, int]
-    tried: Mapping[float, int]
-    broken: int
+    trials: Sequence[Trial]
+
+    def share(self, depth: float | None = None) -> str:
+        """Keys found of those hidden at a depth, at all for None; a dash where the depth was not tried."""
+        found = [trial.found for trial in self.trials if depth in (None, trial.depth)]
+        return f"{sum(found)}/{len(found)}" if found else "-"
 
 
 def lines(trials: Mapping[str, Sequence[Trial]]) -> list[Line]:
     """The table's lines, by method and length in the order they were run."""
-    table = []
-    for method, tried in trials.items():
-        for length in dict.fromkeys(trial.length for trial in tried):
-            some = [trial for trial in tried if trial.length == length]
-            depths = dict.fromkeys(trial.depth for trial in some)
-            count = {depth: [trial.found for trial in some if trial.depth == depth] for depth in depths}
-            found = {depth: sum(hits) for depth, hits in count.items()}
-            tries = {depth: len(hits) for depth, hits in count.items()}
-            table.append(Line(method, length, found, tries, sum(trial.broken is not None for trial in some)))
-    return table
+    return [
+        Line(method, length, [trial for trial in tried if trial.length == length])
+        for method, tried in trials.items()
+        for length in dict.fromkeys(trial.length for trial in tried)
+    ]
 
 
 def columns(depths: Sequence[float]) -> Columns:
-    """The table's columns: a dash where a depth was not tried."""
-
-    def share(line: Line, depth: float) -> str:
-        return f"{line.found[depth]}/{line.tried[depth]}" if depth in line.tried else "-"
-
+    """The table's columns."""
     return {
         "method": lambda line: line.method,
         "length": lambda line: f"{line.length:,}",
-        **{f"{depth:g}": lambda line, depth=depth: share(line, depth) for depth in depths},
-        "found": lambda line: f"{sum(line.found.values())}/{sum(line.tried.values())}",
-        "broken": lambda line: str(line.broken),
+        **{f"{depth:g}": lambda line, depth=depth: line.share(depth) for depth in depths},
+        "found": lambda line: line.share(),
+        "broken": lambda line: str(sum(trial.broken is not None for trial in line.trials)),
     }
 
 
-def document(trials: Mapping[str, Sequence[Trial]], settings: Mapping[str, Any], device: Any) -> dict[str, Any]:
-    """What `results.json` holds; all that differs between two runs on one machine is under `timing`."""
-    results: dict[str, Any] = {}
-    timing: dict[str, Any] = {}
-    for method, tried in trials.items():
-        results[method] = [dataclasses.asdict(trial) for trial in tried]
-        timing[method] = {"seconds": [entry.pop("seconds") for entry in results[method]]}
-    return {"settings": dict(settings), "environment": environment(device), "results": results, "timing": timing}
+@dataclass
+class PasskeyArguments(flags.Output, flags.Model):
+    """The flags beside the settings of the cache."""
 
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the pass key's command line."""
-    parser = Parser(
-        prog="passkey.py",
-        description="Hide a pass key at several depths of streams longer than the trained length, ask for it at the end, "
-        "and count for every method how often it is found and whether generation ever breaks.",
-        allow_abbrev=False,
+    lengths: list[int] = flags.argument(
+        "tokens of the streams, question included (16384 32768)", (16384, 32768), metavar="N"
     )
-    add_model_flags(parser.add_argument_group("model"))
-    group = parser.add_argument_group("pass key")
-    add = group.add_argument
-    add(
-        "--lengths",
-        nargs="+",
-        type=int,
-        default=[16384, 32768],
-        metavar="N",
-        help="tokens of the streams, question included (16384 32768)",
-    )
-    add(
-        "--depths",
-        nargs="+",
-        type=float,
-        default=[0.1, 0.3, 0.5, 0.7, 0.9],
+    depths: list[float] = flags.argument(
+        "where the key is: 0 at the beginning, 1 at the end (0.1 0.3 0.5 0.7 0.9)",
+        (0.1, 0.3, 0.5, 0.7, 0.9),
         metavar="SHARE",
-        help="where the key is: 0 at the beginning, 1 at the end (0.1 0.3 0.5 0.7 0.9)",
     )
-    add("--trials", type=int, default=1, metavar="N", help="keys at each depth of each length (%(default)s)")
-    add(
-        "--filler",
-        default="novel",
+    trials: int = flags.count("keys at each depth of each length (%(default)s)", 1)
+    filler: str = flags.argument(
+        f"what the key is hidden in: novel (the shipped one), a text file, or {GRASS_NAME}, the same five sentences again "
+        "and again (%(default)s)",
+        "novel",
         metavar="NAME",
-        help=f"what the key is hidden in: novel (the shipped one), a text file, or {GRASS_NAME}, the same five sentences "
-        "again and again (%(default)s)",
     )
-    add_method_flags(group, DEFAULT_METHODS)
-    add(
-        "--full_tokens",
-        type=int,
-        default=16384,
-        metavar="N",
-        help="leave the full cache out of longer streams: its time grows with their square (%(default)s)",
+    methods: list[str] = flags.methods(DEFAULT_METHODS)
+    chunk_size: int = flags.count("tokens a forward pass; 1: one by one (%(default)s)", CHUNK)
+    full_tokens: int = flags.count(
+        "leave the full cache out of longer streams: its time grows with their square (%(default)s)", 16384
     )
-    group = parser.add_argument_group("output")
-    add_output_flags(group, "results/passkey")
-    group.add_argument("--markdown", action="store_true", help="print the table in Markdown too")
-    add_settings(parser, RECENT, MIDDLE)
-    parser.set_defaults(chunk_size=CHUNK)
-    return parser
+    output_dir: str = flags.directory("results/passkey")
+    markdown: flags.Switch = flags.switch("print the table in Markdown too")
 
 
-def checked_plans(arguments: argparse.Namespace) -> list[Plan]:
-    """The methods to run; `ValueError` for anything wrong with the arguments."""
-    check_least(arguments, {"trials": 1, "chunk_size": 1, "log_every": 0, "full_tokens": 0})
-    for depth in arguments.depths:
-        if not 0 <= depth <= 1:
-            raise ValueError(f"depths: {depth} is out of range; a depth must be between 0 and 1")
-    if min(arguments.lengths) < 1:
-        raise ValueError(f"lengths: {min(arguments.lengths)} is too small; a length must be at least 1")
-    return given_plans(arguments)
+class Passkey(ModelRun):
+    """Hide a pass key at several depths of streams longer than the trained length, and ask for it at the end.
 
+    Counts for every method how often it is found and whether generation ever breaks: then the exit code is 1.
+    """
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the pass key test; its exit code, as of `cli.exit_code`, 1 also where a generation broke."""
-    parser = build_parser()
-    arguments = parse_arguments(parser, sys.argv[1:] if argv is None else argv)
-    return exit_code(parser.prog, lambda: _run(arguments))
+    prog = "passkey.py"
+    Arguments = PasskeyArguments
+    sizes = RECENT, MIDDLE
+
+    def check(self) -> None:
+        super().check()
+        given = self.arguments
+        for depth in given.depths:
+            if not 0 <= depth <= 1:
+                raise ValueError(f"depths: {depth} is out of range; a depth must be between 0 and 1")
+        if min(given.lengths) < 1:
+            raise ValueError(f"lengths: {min(given.lengths)} is too small; a length must be at least 1")
+        self.plans = own_positions(self.plan(given.methods), self.settings)
+
+    def measure(self) -> Iterator[None]:
+        """Ask every method for every key, the shortest streams first."""
+        given = self.arguments
+        filler = _filler(self.tokenizer, given.filler, max(given.lengths) + given.trials * SHIFT)
+        for length in given.lengths:
+            passkey_prompt(self.tokenizer, filler, length, 0.5, "12345")  # raises where there is no room
+        self.trials: dict[str, list[Trial]] = {}
+        for length in dict.fromkeys(given.lengths):
+            for plan in self.plans:
+                name = plan.method.name
+                if name == REFERENCE and length > given.full_tokens:
+                    self.console.print(f"full is left out of {length:,} tokens (--full_tokens)", highlight=False)
+                    continue
+                make_cache, sizes = cache_factory(self.model, plan), {"trials": given.trials, "chunk_size": given.chunk_size}
+                asked = (self.model, self.tokenizer, make_cache, filler, length, given.depths)
+                for trial in run_trials(*asked, **sizes, seed=self.seed):
+                    self.trials.setdefault(name, []).append(trial)
+                    if given.log_every:
+                        told = f"depth {trial.depth:g}: {trial.key} -> {trial.generated!r}"
+                        self.console.print(f"{name}, {length:,} tokens, {told}", soft_wrap=True, markup=False)
+                    # Written at once, for the next may take as long again.
+                    yield
+
+    def document(self) -> dict[str, Any]:
+        results = {method: [asdict(trial) for trial in tried] for method, tried in self.trials.items()}
+        timing = {method: {"seconds": [entry.pop("seconds") for entry in tried]} for method, tried in results.items()}
+        return document(self.recorded(trained_length=self.trained_length), self.device, results, timing)
+
+    def table(self) -> None:
+        """Print the table, and where asked for in Markdown."""
+        table, shown = lines(self.trials), columns(self.arguments.depths)
+        title = f"{self.model_name}: pass keys found, by depth of the key"
+        caption = "'broken': generations with a logit that is no number, with no text, or that failed."
+        print_columns(table, shown, title, caption, self.console)
+        if self.arguments.markdown:
+            print(markdown_columns(table, shown))
+
+    def code(self) -> int:
+        """1 where a generation broke, which is told."""
+        broken = [trial.broken for tried in self.trials.values() for trial in tried if trial.broken]
+        if broken:
+            told = f"{len(broken)} generations broke; the first: {broken[0]}"
+            self.console.print(told, soft_wrap=True, markup=False)
+        return 1 if broken else 0
 
 
 def _filler(tokenizer, name: str, tokens: int) -> torch.Tensor:
@@ -287,52 +283,3 @@ def _filler(tokenizer, name: str, tokens: int) -> torch.Tensor:
     if name == GRASS_NAME:
         return torch.tensor(tokenizer(GRASS, add_special_tokens=False)["input_ids"], dtype=torch.int64)
     return load_text(tokenizer, None if name == "novel" else name, num_eval_tokens=tokens).streams[0]
-
-
-def _run(arguments: argparse.Namespace) -> int:
-    # All that can be wrong with the arguments is found before the weights are loaded.
-    plans = checked_plans(arguments)
-    setup = prepare(arguments)
-    console, model, tokenizer = setup.console, setup.model, setup.tokenizer
-
-    filler = _filler(tokenizer, arguments.filler, max(arguments.lengths) + arguments.trials * SHIFT)
-    for length in arguments.lengths:
-        passkey_prompt(tokenizer, filler, length, 0.5, "12345")  # raises where there is no room
-    settings = recorded_settings(arguments, plans, trained_length=setup.trained_length)
-    path = setup.output / "results.json"
-
-    trials: dict[str, list[Trial]] = {}
-    for length in dict.fromkeys(arguments.lengths):
-        for plan in plans:
-            name = plan.method.name
-            if name == REFERENCE and length > arguments.full_tokens:
-                console.print(f"full is left out of {length:,} tokens (--full_tokens)", highlight=False)
-                continue
-            for trial in run_trials(
-                model,
-                tokenizer,
-                cache_factory(model, plan),
-                filler,
-                length,
-                arguments.depths,
-                trials=arguments.trials,
-                chunk_size=arguments.chunk_size,
-                seed=getattr(arguments, "seed", 0),
-            ):
-                trials.setdefault(name, []).append(trial)
-                if arguments.log_every:
-                    told = f"depth {trial.depth:g}: {trial.key} -> {trial.generated!r}"
-                    console.print(f"{name}, {length:,} tokens, {told}", soft_wrap=True, markup=False)
-                # Written at once, for the next may take as long again.
-                write_json(path, document(trials, settings, setup.device))
-    table, shown = lines(trials), columns(arguments.depths)
-    title = f"{setup.model_name}: pass keys found, by depth of the key"
-    caption = "'broken': generations with a logit that is no number, with no text, or that failed."
-    print_columns(table, shown, title, caption, console)
-    if arguments.markdown:
-        print(markdown_columns(table, shown))
-    console.print(f"wrote {path}", soft_wrap=True)
-    broken = [trial.broken for tried in trials.values() for trial in tried if trial.broken]
-    if broken:
-        console.print(f"{len(broken)} generations broke; the first: {broken[0]}", soft_wrap=True, markup=False)
-    return 1 if broken else 0

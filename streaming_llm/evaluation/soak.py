@@ -8,13 +8,11 @@ take 4 bytes each.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import gc
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +20,10 @@ import torch
 
 from ..model.facts import cache_argument
 from ..stats import format_bytes
-from .cli import Parser, add_settings, cache_settings, check_least, check_plans, exit_code, parse_arguments
-from .errors import require
-from .long_stream import settled_resident
-from .methods import METHODS, cache_factory, plan_methods, resolve_settings
+from . import flags
+from .methods import METHODS, cache_factory
+from .reading import settled_resident
+from .run import Run
 from .streaming import cache_bytes, held_tokens
 
 # The widest cache of these sizes, with what comes between two compactions, fits into a trained length of 256.
@@ -268,67 +266,52 @@ def summary(result: SoakResult) -> str:
     return "\n".join(f"{name + ':':18}{value}" for name, value in lines.items())
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the soak's command line."""
-    parser = Parser(
-        prog="soak.py",
-        description="Send random tokens through a tiny random model and check after every forward pass that the cache keeps "
-        "its bound, the logits are finite, no position leaves the trained length and nothing grows.",
-        allow_abbrev=False,
-    )
-    group = parser.add_argument_group("soak")
-    add = group.add_argument
-    add("--tokens", type=int, default=1_000_000, metavar="N", help="tokens of the stream (%(default)s)")
-    add("--chunk_size", type=int, default=64, metavar="N", help="tokens a forward pass; 1: one by one (%(default)s)")
-    add("--window", type=int, default=WINDOW, metavar="N", help="the model's trained length in tokens (%(default)s)")
-    add("--method", default="adms", help=f"of {', '.join(name for name in METHODS if name != 'full')} (%(default)s)")
-    add("--seed", type=int, default=argparse.SUPPRESS, help="seed of weights, tokens and the cache's random numbers (0)")
-    add("--config", metavar="FILE", help="JSON object of these flags and settings by name; the command line wins over it")
-    add_settings(parser, RECENT, MIDDLE)
-    return parser
+@dataclass
+class SoakArguments:
+    """The flags beside the settings of the cache."""
+
+    tokens: int = flags.count("tokens of the stream (%(default)s)", 1_000_000)
+    chunk_size: int = flags.count("tokens a forward pass; 1: one by one (%(default)s)", 64)
+    window: int = flags.count("the model's trained length in tokens (%(default)s)", WINDOW)
+    method: str = flags.argument(f"of {', '.join(name for name in METHODS if name != 'full')} (%(default)s)", "adms")
 
 
-def checked_plan(arguments: argparse.Namespace):
-    """The method to run; `ValueError` for anything wrong with the arguments."""
-    least: Mapping[str, int] = {"tokens": 1, "chunk_size": 1, "window": 1}
-    check_least(arguments, least)
-    if arguments.method == "full":
-        raise ValueError("method='full' has no bound; choose another")
-    [plan] = plan_methods([arguments.method], resolve_settings(cache_settings(arguments), RECENT, MIDDLE))
-    check_plans([plan])
-    return plan
+class Soak(Run):
+    """Send random tokens through a tiny random model and check it after every forward pass.
 
+    The cache must keep its bound, the logits be finite, no position leave the trained length and nothing grow; the exit code
+    is 1 otherwise.
+    """
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the soak; its exit code, as of `cli.exit_code`, 1 also for a violation."""
-    parser = build_parser()
-    arguments = parse_arguments(parser, sys.argv[1:] if argv is None else argv)
-    return exit_code(parser.prog, lambda: _run(arguments))
+    prog = "soak.py"
+    Arguments = SoakArguments
+    sizes = RECENT, MIDDLE
 
+    def check(self) -> None:
+        super().check()
+        if self.arguments.method == "full":
+            raise ValueError("method='full' has no bound; choose another")
+        self.plans = self.plan([self.arguments.method])
 
-def _run(arguments: argparse.Namespace) -> int:
-    plan = checked_plan(arguments)
-    require("rich")
+    def measure(self) -> Iterator[None]:
+        """Soak the cache."""
+        given = self.arguments
+        model = tiny_model(given.window, self.seed)
+        cache = cache_factory(model, self.plans[0])()
 
-    from rich.console import Console
+        def on_count(tokens: int, census: Census) -> None:
+            told = f"{tokens:,} tokens: {census.objects:,} objects, {census.tensors:,} tensors"
+            self.console.print(told, highlight=False)
 
-    console = Console()
-    seed = getattr(arguments, "seed", 0)
-    model = tiny_model(arguments.window, seed)
-    cache = cache_factory(model, plan)()
+        limits = {"bound": cache.config.expected_max_tokens, "window": given.window}
+        options = {"chunk_size": given.chunk_size, "seed": self.seed, "on_count": on_count}
+        self.found = soak(model, cache, given.tokens, **limits, **options)
+        yield
 
-    def on_count(tokens: int, census: Census) -> None:
-        console.print(f"{tokens:,} tokens: {census.objects:,} objects, {census.tensors:,} tensors", highlight=False)
+    def table(self) -> None:
+        """Print the summary."""
+        self.console.print(summary(self.found), highlight=False, soft_wrap=True)
 
-    result = soak(
-        model,
-        cache,
-        arguments.tokens,
-        bound=cache.config.expected_max_tokens,
-        window=arguments.window,
-        chunk_size=arguments.chunk_size,
-        seed=seed,
-        on_count=on_count,
-    )
-    console.print(summary(result), highlight=False, soft_wrap=True)
-    return 0 if result.violation is None else 1
+    def code(self) -> int:
+        """1 for a violation."""
+        return 0 if self.found.violation is None else 1

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from ..model.facts import cache_argument
-from .errors import EvaluationError
+from .errors import EvaluationError, check_least
 
 REFERENCE = "full"
 BASELINE = "streaming"
@@ -212,10 +212,7 @@ def _check_arguments(streams, methods, chunk_size: int, score_from: int | None, 
         raise ValueError("methods is empty; name at least one")
     if not streams or min(stream.numel() for stream in streams) < 2:
         raise ValueError("each stream needs at least 2 tokens: the first one is not predicted")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size} is too small; it must be at least 1")
-    if decode_tokens < 0:
-        raise ValueError(f"decode_tokens={decode_tokens} is negative; 0 leaves the decoding run out")
+    check_least({"chunk_size": chunk_size, "decode_tokens": decode_tokens})
     longest = max(stream.numel() for stream in streams)
     if score_from is not None and not 1 <= score_from < longest:
         raise ValueError(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .errors import EvaluationError, require
+from .errors import EvaluationError, check_least, require
 
 logger = logging.getLogger(__name__)
 
@@ -69,20 +69,8 @@ def load_text(
     used as they are, with a warning.
     Raises `EvaluationError` where the text can't be had, `ValueError` for a wrong argument.
     """
-    limits = (
-        ("num_eval_tokens", num_eval_tokens, 2),
-        ("skip_tokens", skip_tokens, 0),
-        ("num_samples", num_samples, 1),
-        ("concat_limit", concat_limit, 2),
-        ("min_seq_len", min_seq_len, 0),
-    )
-    for name, number, least in limits:
-        if number is not None and number < least:
-            raise ValueError(f"{name}={number} is too small; it must be at least {least}")
-    for name, number in (("concat_limit", concat_limit), ("skip_tokens", skip_tokens)):
-        if number and not concat_stream:
-            raise ValueError(f"{name}={number} has no meaning without concat_stream; leave one of them out")
-
+    check_least({"num_eval_tokens": num_eval_tokens, "num_samples": num_samples, "min_seq_len": min_seq_len})
+    check_joined(concat_stream, concat_limit=concat_limit, skip_tokens=skip_tokens)
     name, texts = _open(dataset_name, task, split, text_field)
     # Enough of each text to fill the streams, and to tell whether it is as long as min_seq_len.
     wanted = max(skip_tokens + num_eval_tokens, min_seq_len)
@@ -101,6 +89,14 @@ def load_text(
     if found.total_tokens < num_eval_tokens:
         logger.warning("%s gives %d tokens; %d were asked for", name, found.total_tokens, num_eval_tokens)
     return found
+
+
+def check_joined(concat_stream: bool, **settings: int | None) -> None:
+    """Raise `ValueError` for a setting of a joined stream that is too small, or has none to be a setting of."""
+    check_least(settings)
+    for name, number in settings.items():
+        if number and not concat_stream:
+            raise ValueError(f"{name}={number} has no meaning without concat_stream; leave one of them out")
 
 
 def _joined(samples: Iterable[list[int]], separator: list[int], skip: int, total: int, limit: int | None):
