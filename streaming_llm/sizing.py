@@ -63,6 +63,11 @@ class Sizes:
         return max(self.sketch_originals if self.sketch_budget else 0, REPLAY_BANK * self.replay_budget)
 
     @property
+    def recall_room(self) -> int:
+        """Slots of the buffer that what a query recalls is written to, behind the tokens held."""
+        return self.recall_budget * self.enable_recall
+
+    @property
     def archive_slots(self) -> int:
         """Tokens each head's archive has room for once it is full; 0 without recall. A pass of more than two
         `compression_interval` makes room for its own, up to `recall_tokens` more, until it is over."""
@@ -91,7 +96,8 @@ class Sizes:
     @property
     def buffer_tokens(self) -> int:
         """Slots each head's buffer has (more than `expected_max_tokens` only where budgets differ between heads)."""
-        return self.dynamic_start_size + self.widest_middle + self.recent_size + self.compression_interval
+        fixed = self.dynamic_start_size + self.recent_size + self.compression_interval + self.recall_room
+        return self.widest_middle + fixed
 
     @property
     def kept_queries(self) -> int:
@@ -190,7 +196,7 @@ class Sizes:
     def most_slots(self) -> int:
         """Slots a head may come to use between two forward passes; more than `buffer_tokens` where layers trade budget."""
         traded = self.enable_adaptive_controller and self.controller_scope == "model"
-        return self.buffer_tokens + self.compressed_budget * traded
+        return self.buffer_tokens - self.recall_room + self.compressed_budget * traded
 
     def position_limit(self, model_config: Any) -> int | None:
         """The length that all a head may hold must fit into: the trained one, or where RoPE changes its frequencies.

@@ -23,6 +23,8 @@ from ..data.tokens import gather_tokens
 DISTANCE = 512
 # A query's normaliser is estimated from this many of the scores: enough to rank one query's against another's.
 _SAMPLED = 512
+# Queries of a pass that choose what all of them read.
+_ASKING = 128
 # Scores that exist at once on a CPU, in elements.
 _BLOCK_ELEMENTS = 1 << 20
 
@@ -38,6 +40,7 @@ class Recalled:
         less: what is added to the log-mass of each token of the middle, float32 `[batch, kv_heads, middle]`, at most 0.
         first: slot of the middle's first token among what the layer holds.
         query: what asked, `[batch, heads, new, head_dim]`.
+        room: keys and values of the layer with those recalled behind them, views of its buffer; None where it had no room.
     """
 
     keys: torch.Tensor
@@ -47,21 +50,23 @@ class Recalled:
     less: torch.Tensor
     first: int
     query: torch.Tensor
+    room: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def beside(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The recalled keys and values behind what the layer holds, in its dtypes."""
+        if self.room is not None and keys.data_ptr() == self.room[0].data_ptr() and values.dtype == self.room[1].dtype:
+            return self.room
         return torch.cat([keys, self.keys.to(keys.dtype)], dim=2), torch.cat([values, self.values.to(values.dtype)], dim=2)
 
     def bias(self, bias: torch.Tensor) -> torch.Tensor:
         """The additive mask for both, of the one `[batch, heads, new, tokens]` of what the layer holds."""
         lowest = torch.finfo(bias.dtype).min / 2
         groups = bias.shape[1] // self.picked.shape[1]
-        stop = self.first + self.less.shape[2]
-        less = self.less.repeat_interleave(groups, 1)[:, :, None].to(bias.dtype)
-        lighter = (bias[..., self.first : stop] + less).clamp_min(lowest)
-        extra = torch.zeros_like(self.picked, dtype=bias.dtype).masked_fill(~self.picked, lowest)
-        extra = extra.repeat_interleave(groups, 1)[:, :, None].expand(-1, -1, bias.shape[2], -1)
-        return torch.cat([bias[..., : self.first], lighter, bias[..., stop:], extra], dim=-1)
+        tokens, more = bias.shape[-1], self.picked.shape[2]
+        both = torch.nn.functional.pad(bias, (0, more)).unflatten(1, (-1, groups))
+        both[..., self.first : self.first + self.less.shape[2]] += self.less[:, :, None, None].to(bias.dtype)
+        both[..., tokens:].masked_fill_(~self.picked[:, :, None, None], lowest)
+        return both.flatten(1, 2)
 
 
 def best_scores(
@@ -155,6 +160,28 @@ def turned_queries(query: torch.Tensor, positions: torch.Tensor, rope: Rope | No
     if rope is None or not rope.rotates:
         return query
     return rope.move(query, positions[:, None].float(), DISTANCE)
+
+
+def turned_basis(basis: torch.Tensor, positions: torch.Tensor, rope: Rope | None) -> torch.Tensor:
+    """The basis `[rows, kv_heads, head_dim, rank]` whose products with a query at `positions [rows or 1, 1]` are those of
+    the query that `turned_queries` gives with `basis`: for one query a row less work, done once for all layers."""
+    if rope is None or not rope.rotates:
+        return basis
+    vectors = rope.move(basis.transpose(-1, -2), DISTANCE, positions[:, None].float())
+    return vectors.transpose(-1, -2)
+
+
+def asking(query: torch.Tensor, positions: torch.Tensor, real: torch.Tensor | None) -> tuple:
+    """Of a long pass's queries `[batch, heads, new, head_dim]` those that choose for all: every so many, the last too.
+
+    Returns:
+        `(query, positions, real)`, at most `_ASKING` of each row.
+    """
+    step = -(-query.shape[2] // _ASKING)
+    if step == 1:
+        return query, positions, real
+    at = slice((query.shape[2] - 1) % step, None, step)
+    return query[:, :, at], positions[:, at], None if real is None else real[:, at]
 
 
 def closed_up(pos: torch.Tensor, picked: torch.Tensor, first: int) -> torch.Tensor:

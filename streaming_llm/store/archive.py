@@ -192,16 +192,21 @@ class Archive:
 
     # -- what is found and read ------------------------------------------------------------------------------------------
 
-    def scores(self, query: torch.Tensor, scale: float, live: Sequence[int], real: torch.Tensor | None) -> torch.Tensor:
+    def scores(
+        self, query: torch.Tensor, basis: torch.Tensor, scale: float, live: Sequence[int], real: torch.Tensor | None
+    ) -> torch.Tensor:
         """`best_scores` of the tokens in the slots that rows use (`live` of each), `[batch, kv_heads, longest]`.
 
         Args:
-            query: `[batch, heads, new, head_dim]`, turned to one distance; scale: what logits are multiplied by.
+            query: `[batch, heads, new, head_dim]`; basis: `[batch, kv_heads, head_dim, rank]`; one of the two is turned to
+                the one distance. scale: what logits are multiplied by.
             real: which of the new are no padding, bool `[batch, new]`; None where all are.
         """
         links, heads = self.links, self.links.share.shape[1]
         groups = query.shape[1] // heads
-        asked = query.unflatten(1, (heads, groups)).flatten(2, 3).float() @ links.basis * links.step
+        asked = query.unflatten(1, (heads, groups)).flatten(2, 3).float() @ basis
+        if not self.shelves.floating:
+            asked = asked * links.step
         real = None if real is None else real.repeat(1, groups)
         longest = max(live)
         codes = self.shelves.codes[self.start : self.start + self.rows, :, :longest]

@@ -39,11 +39,11 @@ class Row(NamedTuple):
 
     def slots(self, config: ADMSConfig) -> int:
         """Slots the row needs in the buffer."""
-        return self.resting(config) + config.compression_interval
+        return self.resting(config) + config.compression_interval + config.recall_room
 
     def capacity(self, config: ADMSConfig) -> int:
         """Slots that may be in use between two passes."""
-        return self.slots(config) if self.compactions else config.expected_max_tokens
+        return self.slots(config) - config.recall_room if self.compactions else config.expected_max_tokens
 
     def overfull(self, config: ADMSConfig, new: int) -> bool:
         """Whether `new` more tokens would not fit, and a compaction can make room."""

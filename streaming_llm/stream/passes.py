@@ -15,7 +15,7 @@ import dataclasses
 
 import torch
 
-from ..attend.recall import Recalled, chosen, closed_up, lighter, turned_queries
+from ..attend.recall import Recalled, asking, chosen, closed_up, lighter, turned_basis, turned_queries
 from ..compaction.counts import Counts
 from ..data.queries import Queries
 from ..data.tokens import WeightedTokens, concatenate
@@ -72,6 +72,7 @@ class StackPass:
         self.unanswered: set[int] = set()
         self._biases: dict[tuple[torch.dtype, int], torch.Tensor] = {}
         self.recalled: dict[int, Recalled] = {}
+        self.basis: torch.Tensor | None = None
         self.counts = Counts()
         if self.overflows:
             # Once for all layers, so that their parts are of the same shelves.
@@ -193,8 +194,17 @@ class StackPass:
             return None
         most = max(config.recall_budget, config.recall_chunk_budget)
         budgets = [min(config.recall_budget * max(count, 1), most) for count in self.arrival.counts]
-        turned = turned_queries(query, self.position_ids, stack.rope)
-        best = archive.scores(turned, scale, live, self.real)
+        if query.shape[2] == 1:
+            if self.basis is None:
+                positions = (
+                    self.position_ids.repeat(len(stack.layers), 1) if len(self.position_ids) > 1 else self.position_ids
+                )
+                self.basis = turned_basis(stack.archive.links.basis, positions, stack.rope)
+            best = archive.scores(query, stack.of_layer(layer, self.basis), scale, live, self.real)
+        else:
+            asked, positions, real = asking(query, self.position_ids, self.real)
+            turned = turned_queries(asked, positions, stack.rope)
+            best = archive.scores(turned, archive.links.basis, scale, live, real)
         slots, picked = chosen(best, budgets)
         keys, values, share, representative = archive.read(slots)
         first = config.dynamic_start_size
@@ -203,8 +213,22 @@ class StackPass:
             keys = stack.rope.move(keys, rotated, closed_up(pos, picked, first))
         less = lighter(share, representative, picked, max(row.width for row in stack.rows))
         self.counts += Counts(asked=picked.shape[0] * picked.shape[1], recalled=picked.sum())
-        self.recalled[layer] = Recalled(keys, values, picked, slots, less, first, query.detach())
+        room = self._beside(layer, keys, values)
+        self.recalled[layer] = Recalled(keys, values, picked, slots, less, first, query.detach(), room)
         return self.recalled[layer]
+
+    def _beside(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Put keys and values behind the new tokens, where no row has any, and return all of the layer's; None where there
+        is no room."""
+        stop = self.stop + keys.shape[2]
+        if self.overflows or stop > self.stack.tokens.length - self.ragged:
+            return None
+        both = []
+        for whole, new in ((self.stack.tokens.keys, keys), (self.stack.tokens.values, values)):
+            own = self.stack.of_layer(layer, whole)
+            own[:, :, self.stop : stop] = new
+            both.append(own[:, :, :stop])
+        return tuple(both)
 
     def _most_leaving(self) -> int:
         """The most tokens that any row's recent window loses by this pass."""
