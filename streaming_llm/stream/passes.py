@@ -15,13 +15,14 @@ import dataclasses
 
 import torch
 
-from ..attend.recall import Recalled, asking, chosen, closed_up, lighter, turned_basis, turned_queries
+from ..attend.recall import Recalled
 from ..compaction.counts import Counts
 from ..data.queries import Queries
 from ..data.tokens import WeightedTokens, concatenate
 from ..store.row import Row
 from ..store.stack import Stack, true_first
 from .arrival import Arrival, NonFiniteError
+from .recall_pass import RecallPass
 from .upkeep import Upkeep
 
 
@@ -71,12 +72,11 @@ class StackPass:
         self.written: set[int] = set()
         self.unanswered: set[int] = set()
         self._biases: dict[tuple[torch.dtype, int], torch.Tensor] = {}
-        self.recalled: dict[int, Recalled] = {}
-        self.basis: torch.Tensor | None = None
-        self.counts = Counts()
         if self.overflows:
             # Once for all layers, so that their parts are of the same shelves.
             self.stack = self.stack.with_archive_room(self._most_leaving())
+        # Set once all that belongs to the stack is as it stays.
+        self.recalling = RecallPass.of(self.stack, arrival, self.position_ids, self.real)
         if not self.overflows:
             self._write_positions()
 
@@ -185,50 +185,9 @@ class StackPass:
 
     def recall(self, layer: int, query: torch.Tensor, scale: float) -> Recalled | None:
         """What a layer's queries `[batch, heads, new, head_dim]` attend to beside what it holds; None for nothing."""
-        stack, config, archive = self.stack, self.stack.config, self.stack.archive_of(layer)
-        if archive is None or not config.recall_budget:
+        if self.recalling is None:
             return None
-        # Where the ring has turned, what is left is anywhere in it.
-        live = [min(archive.slots, row.archived) for row in stack.rows]
-        if not any(live):
-            return None
-        most = max(config.recall_budget, config.recall_chunk_budget)
-        budgets = [min(config.recall_budget * max(count, 1), most) for count in self.arrival.counts]
-        if query.shape[2] == 1:
-            if self.basis is None:
-                positions = (
-                    self.position_ids.repeat(len(stack.layers), 1) if len(self.position_ids) > 1 else self.position_ids
-                )
-                self.basis = turned_basis(stack.archive.links.basis, positions, stack.rope)
-            best = archive.scores(query, stack.of_layer(layer, self.basis), scale, live, self.real)
-        else:
-            asked, positions, real = asking(query, self.position_ids, self.real)
-            turned = turned_queries(asked, positions, stack.rope)
-            best = archive.scores(turned, archive.links.basis, scale, live, real)
-        slots, picked = chosen(best, budgets)
-        keys, values, share, representative = archive.read(slots)
-        first = config.dynamic_start_size
-        if stack.rope is not None and stack.rope.rotates and any(row.moved for row in stack.rows):
-            pos, rotated = archive.positions(slots, [row.moved for row in stack.rows])
-            keys = stack.rope.move(keys, rotated, closed_up(pos, picked, first))
-        less = lighter(share, representative, picked, max(row.width for row in stack.rows))
-        self.counts += Counts(asked=picked.shape[0] * picked.shape[1], recalled=picked.sum())
-        room = self._beside(layer, keys, values)
-        self.recalled[layer] = Recalled(keys, values, picked, slots, less, first, query.detach(), room)
-        return self.recalled[layer]
-
-    def _beside(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Put keys and values behind the new tokens, where no row has any, and return all of the layer's; None where there
-        is no room."""
-        stop = self.stop + keys.shape[2]
-        if self.overflows or stop > self.stack.tokens.length - self.ragged:
-            return None
-        both = []
-        for whole, new in ((self.stack.tokens.keys, keys), (self.stack.tokens.values, values)):
-            own = self.stack.of_layer(layer, whole)
-            own[:, :, self.stop : stop] = new
-            both.append(own[:, :, :stop])
-        return tuple(both)
+        return self.recalling.recall(layer, query, scale, None if self.overflows else self.stop)
 
     def _most_leaving(self) -> int:
         """The most tokens that any row's recent window loses by this pass."""
@@ -362,9 +321,10 @@ class StackPass:
             self._settle(layer)
         stack, arrival = self.stack, self.arrival
         tail = stack.tail + arrival.new if arrival.real is None else arrival.tail
+        counts = Counts() if self.recalling is None else self.recalling.counts
         if self.singles:
             joined = Stack.join([self.singles[layer] for layer in stack.layers])
-            return dataclasses.replace(joined, tail=tail, counts=joined.counts + self.counts)
+            return dataclasses.replace(joined, tail=tail, counts=joined.counts + counts)
         rows = tuple(self._row(row, count) for row, count in zip(stack.rows, arrival.counts, strict=True))
         return dataclasses.replace(
             stack,
@@ -375,7 +335,7 @@ class StackPass:
             seen=stack.seen + arrival.new,
             tail=tail,
             real=self._columns_after(),
-            counts=stack.counts + self.counts,
+            counts=stack.counts + counts,
         )
 
     def _row(self, row: Row, count: int) -> Row:

@@ -302,7 +302,8 @@ class Stream:
         # From here on nothing is computed any more.
         self.stacks = sorted(stacks, key=lambda own: own.layers)
         self.next_trades, self.window, self.open = done.next_trades, done.window, None
-        self.read = {layer: found for part in done.parts for layer, found in part.recalled.items()}
+        recalling = [part.recalling for part in done.parts if part.recalling is not None]
+        self.read = {layer: found for own in recalling for layer, found in own.recalled.items()}
 
     def check(self) -> None:
         """Raise what `commit` would, of a pass that is over and only waits for a crop."""
