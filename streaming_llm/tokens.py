@@ -147,7 +147,8 @@ class WeightedTokens:
 
     def gather(self, index: torch.Tensor) -> WeightedTokens:
         """The slots `index [batch, kv_heads, picked]` of each head, copied."""
-        return self.map(lambda tensor: gather_tokens(tensor, index))
+        known: dict[int, torch.Tensor] = {}
+        return self.map(lambda tensor: gather_tokens(tensor, index, known))
 
     def write(self, start: int, tokens: WeightedTokens) -> None:
         """Overwrite the slots from `start` on with `tokens`, in place."""
@@ -178,8 +179,9 @@ class WeightedTokens:
             new = tokens.field(name).to(own.dtype)
             if own.dim() == 3:
                 return own.scatter(2, index, torch.where(picked, new, own.gather(2, index)))
-            at = index[..., None].expand(*index.shape, own.shape[-1])
-            return own.scatter(2, at, torch.where(picked[..., None], new, own.gather(2, at)))
+            own = own.clone(memory_format=torch.contiguous_format)
+            put_tokens(own, index, torch.where(picked[..., None], new, gather_tokens(own, index)))
+            return own
 
         return WeightedTokens(**{name: put(name, own) for name, own in self.tensors().items()})
 
@@ -213,17 +215,84 @@ def as_held(states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return states.to(dtype).clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
 
 
-def gather_tokens(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """`tensor [batch, kv_heads, tokens(, dim)]` at `index [batch, kv_heads, picked]` of each head."""
-    if tensor.dim() == 4:
-        index = index[..., None].expand(*index.shape, tensor.shape[-1])
-    return torch.gather(tensor, 2, index)
+def squared_norm(states: torch.Tensor) -> torch.Tensor:
+    """Squared length of each state `[..., dim]`, float32 `[...]`."""
+    return torch.linalg.vector_norm(states, dim=-1, dtype=torch.float32).square()
 
 
-def concatenate(parts: list[WeightedTokens]) -> WeightedTokens:
-    """The parts' slots one after the other."""
+def gather_tokens(tensor: torch.Tensor, index: torch.Tensor, known: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
+    """`tensor [batch, kv_heads, tokens(, dim)]` at `index [batch, kv_heads, picked]` of each head.
+
+    `known` is for calls with the same index: what one of them worked out of it.
+    """
+    if tensor.dim() == 3:
+        return tensor.gather(2, index)
+    found = _by_row(tensor)
+    if found is None:
+        return tensor.gather(2, index[..., None].expand(*index.shape, tensor.shape[-1]))
+    # Whole rows are copied several times as fast as elements each of which has an index of its own.
+    rows, step = found
+    known = {} if known is None else known
+    if step not in known:
+        known[step] = _row_index(index, step)
+    return rows.index_select(0, known[step]).view(*index.shape, tensor.shape[-1])
+
+
+def add_tokens(tensor: torch.Tensor, index: torch.Tensor, states: torch.Tensor) -> None:
+    """Add `states [batch, kv_heads, n, dim]` to the slots `index [batch, kv_heads, n]` of a contiguous tensor, in place."""
+    at = _row_index(index, tensor.shape[2])
+    tensor.view(-1, tensor.shape[-1]).index_add_(0, at, states.reshape(-1, states.shape[-1]))
+
+
+def put_tokens(tensor: torch.Tensor, index: torch.Tensor, states: torch.Tensor) -> None:
+    """Write `states [batch, kv_heads, n, dim]` to the slots `index [batch, kv_heads, n]`, in place."""
+    found = _by_row(tensor)
+    if found is None:
+        tensor.scatter_(2, index[..., None].expand(states.shape), states)
+    else:
+        rows, step = found
+        rows.index_copy_(0, _row_index(index, step), states.reshape(-1, states.shape[-1]))
+
+
+def _by_row(tensor: torch.Tensor) -> tuple[torch.Tensor, int] | None:
+    """All of `[batch, kv_heads, tokens, dim]` as rows `[n, dim]`, a view, and how many of them lie between two heads.
+
+    None where the tensor's layout has no such view.
+    """
+    batch, heads, tokens, dim = tensor.shape
+    if not tensor.numel() or tensor.stride(3) != 1 or tensor.stride(2) != dim:
+        return None
+    between = tensor.stride(1 if heads > 1 else 0)
+    if between % dim or (batch > 1 and heads > 1 and tensor.stride(0) != heads * between):
+        return None
+    step = between // dim
+    return tensor.as_strided(((batch * heads - 1) * step + tokens, dim), (dim, 1)), step
+
+
+def _row_index(index: torch.Tensor, step: int) -> torch.Tensor:
+    """Where the slots `index [batch, kv_heads, n]` are in rows of which each head has `step`, int64, flat."""
+    heads = index.shape[0] * index.shape[1]
+    if heads == 1 or step == 0:
+        return index.flatten()
+    return (index + torch.arange(0, heads * step, step, device=index.device).view(*index.shape[:2], 1)).flatten()
+
+
+def concatenate(parts: list[WeightedTokens], slots: int = 0) -> WeightedTokens:
+    """The parts' slots one after the other, and as many of untouched tokens behind as make `slots`."""
     names = max((part.tensors() for part in parts), key=len)
-    return WeightedTokens(**{name: torch.cat([part.field(name) for part in parts], dim=2) for name in names})
+    length = sum(part.length for part in parts)
+
+    def joined(name: str) -> torch.Tensor:
+        tensors = [part.field(name) for part in parts]
+        if slots <= length:
+            return torch.cat(tensors, dim=2)
+        shape = tensors[0].shape
+        result = tensors[0].new_empty(*shape[:2], slots, *shape[3:])
+        torch.cat(tensors, dim=2, out=result[:, :, :length])
+        result[:, :, length:] = _UNTOUCHED.get(name, 0)
+        return result
+
+    return WeightedTokens(**{name: joined(name) for name in names})
 
 
 def top_slots(

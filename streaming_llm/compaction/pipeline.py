@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ..budgets import Budget, middle_variance, share_budget
-from ..calibration import anchor_positions, calibrate, update_anchors
+from ..calibration import anchor_positions, calibrate, update_anchors, update_fit
 from ..compressors.base import Compressor, Reference, check_made
 from ..config import REPLAY_BANK, ADMSConfig
 from ..controller import QUERY_STEP, attention_output, head_budgets, reconstruction_energy, update_controller
@@ -60,6 +60,7 @@ class Plan:
         compactions: how many there were before this one.
         mass_share: what stays of the weight that tokens have for others; 1 for all.
         budgets: the controller's budgets that layers agreed on, int64 `[rows]`, and the least of them; None without.
+        slots: slots the result is to have; those behind the recent window are as of untouched tokens.
     """
 
     config: ADMSConfig
@@ -71,6 +72,7 @@ class Plan:
     compactions: int = 0
     mass_share: float = 1.0
     budgets: tuple[torch.Tensor, int] | None = None
+    slots: int = 0
 
 
 @dataclass
@@ -78,7 +80,7 @@ class Compacted:
     """What a compaction gives.
 
     Attributes:
-        tokens: sinks, `width` slots of middle and recent window, one after the other.
+        tokens: sinks, `width` slots of middle and recent window, one after the other; see `Plan.slots`.
         memory: what the modules remember now.
         counts: what was done.
     """
@@ -125,9 +127,10 @@ class _Compaction:
         self._count(tokens, middle)
         sinks = dataclasses.replace(sinks, tier=torch.full_like(sinks.tier, SINK))
         recent = dataclasses.replace(recent, tier=torch.full_like(recent.tier, RECENT))
-        result = concatenate([sinks, middle, recent])
+        result = concatenate([sinks, middle, recent], plan.slots)
         if before is not None:
-            energy = reconstruction_energy(before, attention_output(self._asked(QUERY_STEP), result))
+            held = result.slice(0, first + middle.length + recent.length)
+            energy = reconstruction_energy(before, attention_output(self._asked(QUERY_STEP), held))
             update_controller(self.memory.controller, energy, mass, self.config.controller_gain)
         return Compacted(result, self.memory, self.counts)
 
@@ -348,19 +351,20 @@ class _Compaction:
         if self.plan.compressor.averages_keys:
             made = made | ((tokens.tier == PRECISION) & (tokens.count > 1))
         in_order = torch.where(made, tokens.pos, torch.inf).argsort(dim=2, stable=True)
-        back = in_order.argsort(dim=2)
         mean, mask = tokens.pos.gather(2, in_order), made.gather(2, in_order)
         synthetic = anchor_positions(mean, config.anchor_mode, config.seed, mask)
         update_anchors(state, synthetic, mean, mask)
+        if config.anchor_mode == "mean":
+            # Mean positions are true: the fit is the identity, and nothing is to be moved.
+            update_fit(state, config.calibration_regularization)
+            self.counts.calibrations = (state.fitted & mask.any(-1)).sum()
+            return tokens, False
         low = tokens.pos.masked_fill(~tokens.valid, torch.inf).amin(-1, keepdim=True)
         high = tokens.pos.masked_fill(~tokens.valid, -torch.inf).amax(-1, keepdim=True)
         low = torch.where(low.isfinite(), low, 0.0)
         placed = calibrate(state, synthetic, low, torch.maximum(high, low), config.calibration_regularization, mask)
         self.counts.calibrations = (state.fitted & mask.any(-1)).sum()
-        if config.anchor_mode == "mean":
-            # Mean positions are true: the fit is the identity, and nothing is to be moved.
-            return tokens, False
-        pos = placed.gather(2, back).to(tokens.pos.dtype)
+        pos = placed.gather(2, in_order.argsort(dim=2)).to(tokens.pos.dtype)
         # A key is rotated only where that is more than rounding.
         moved = made & ((pos - tokens.pos).abs() > 1e-2)
         pos = torch.where(moved, pos, tokens.pos)

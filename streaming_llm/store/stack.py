@@ -91,13 +91,17 @@ class Row(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Some rows of a stack, all equal, as they are to be: see `Stack.with_parts`."""
+    """Some rows of a stack, all equal, as they are to be: see `Stack.with_parts`.
+
+    `owned` says that the tokens are nobody else's, so that they may be the stack's own where they have its slots.
+    """
 
     which: Sequence[int]
     row: Row
     tokens: WeightedTokens
     memory: Memory
     queries: torch.Tensor | None = None
+    owned: bool = False
 
 
 @dataclass
@@ -272,7 +276,9 @@ class Stack:
         slots = max(slots, max(row.length for row in rows)) + any(row != rows[0] for row in rows)
         if len(parts) == 1 and self.index(parts[0].which) is None:
             part = parts[0]
-            tokens, memory, queries = part.tokens.widened(slots), part.memory, part.queries
+            tokens, memory, queries = part.tokens, part.memory, part.queries
+            if not part.owned or tokens.length != slots:
+                tokens = tokens.widened(slots)
         else:
             exact = any(part.tokens.exact for part in parts) or self.tokens.exact
             own = self.tokens.with_exact() if exact else self.tokens

@@ -181,6 +181,7 @@ class Upkeep:
             compactions=row.compactions,
             mass_share=self._mass_share(row, config),
             budgets=agreed,
+            slots=row._replace(width=row.width if width is None else width).slots(config),
         )
         start = 0 if self.compressor.needs_queries else row.kept
         result = compact(stack.held(which), stack.stored_queries(which, start), stack.remembered(which), plan)
@@ -190,7 +191,7 @@ class Upkeep:
             kept = queries[:, :, :, row.queries - keep : row.queries]
             queries = torch.nn.functional.pad(kept, (0, 0, 0, config.query_slots - keep))
         after = row._replace(
-            length=result.tokens.length,
+            length=row._replace(width=plan.width).resting(config),
             width=plan.width,
             compactions=row.compactions + 1,
             least=least or row.least,
@@ -198,7 +199,7 @@ class Upkeep:
             queries=keep,
             scored=keep,
         )
-        return Part(which, after, result.tokens, result.memory, queries), result.counts
+        return Part(which, after, result.tokens, result.memory, queries, owned=True), result.counts
 
     def _mass_share(self, row: Row, config: ADMSConfig) -> float:
         """What stays of the weight that tokens have for others: past the trained length `mass_decay` each 64 tokens."""
