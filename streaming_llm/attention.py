@@ -87,7 +87,8 @@ def _attention(base: str) -> Callable:
             attention_mask,
             wide=base == "eager" or query.device.type in WIDE_MASKS,
         )
-        _show(layer, query, kwargs.get("scaling"), kwargs.get("softcap"))
+        scale = kwargs.get("scaling")
+        layer.observe(query, query.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("softcap"))
         return result
 
     return adms_attention
@@ -142,15 +143,12 @@ def _attend(
     kind = query.device.type
     dtype = autocast_dtype(query.dtype, kind)
     wide = wide and dtype.itemsize < 4
-    bias = layer.attention_bias(query.shape[2], query.shape[1] // key.shape[1], torch.float32 if wide else dtype)
+    part = layer.stream.open.of_layer[layer.number]
+    bias = part.bias(layer.number, query.shape[1] // key.shape[1], torch.float32 if wide else dtype)
     if not torch.is_autocast_enabled(kind):
         return masked(query, key, value, bias)
     with torch.autocast(kind, enabled=False):
         return masked(query.to(dtype), key.to(dtype), value.to(dtype), bias)
-
-
-def _show(layer: ADMSLayer, query: torch.Tensor, scale: float | None, softcap: float | None = None) -> None:
-    layer.observe(query, query.shape[-1] ** -0.5 if scale is None else scale, softcap)
 
 
 class AttendedKeys(torch.Tensor):
@@ -207,7 +205,7 @@ class AttendedKeys(torch.Tensor):
             return kernel(query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=causal, scale=scale, **kwargs)
 
         result = _attend(layer, attend, attend, query, key.keys, value, attn_mask, wide=query.device.type in WIDE_MASKS)
-        _show(layer, query, scale)
+        layer.observe(query, query.shape[-1] ** -0.5 if scale is None else scale)
         return result
 
 

@@ -53,7 +53,7 @@ class Queries:
 
     def energy(self) -> torch.Tensor:
         """Mean square logit per unit of squared key length and dimension, float32 `[batch, kv_heads]`."""
-        norm = torch.linalg.vector_norm(self.states, dim=(2, 3, 4), dtype=torch.float32)
+        norm = torch.linalg.vector_norm(self.states.float(), dim=(2, 3, 4))
         return norm.square() / (self.states[0, 0].numel() or 1) * self.scale**2
 
     def logits(self, keys: torch.Tensor) -> torch.Tensor:

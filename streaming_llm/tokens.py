@@ -217,7 +217,7 @@ def as_held(states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def squared_norm(states: torch.Tensor) -> torch.Tensor:
     """Squared length of each state `[..., dim]`, float32 `[...]`."""
-    return torch.linalg.vector_norm(states, dim=-1, dtype=torch.float32).square()
+    return torch.linalg.vector_norm(states.float(), dim=-1).square()
 
 
 def gather_tokens(tensor: torch.Tensor, index: torch.Tensor, known: dict[int, torch.Tensor] | None = None) -> torch.Tensor:

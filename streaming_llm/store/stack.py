@@ -206,8 +206,9 @@ class Stack:
 
     def of_layer(self, layer: int, tensor: torch.Tensor) -> torch.Tensor:
         """The part of one of the stack's tensors that is a layer's, a view `[batch, ...]`."""
-        start = self.layers.index(layer) * self.batch
-        return tensor[start : start + self.batch]
+        rows = len(self.rows)
+        start = self.layers.index(layer) * rows
+        return tensor[start : start + rows]
 
     def index(self, which: Sequence[int]) -> torch.Tensor | None:
         """Where rows of the batch are in the tensors, int64 `[layers * rows]`; None for all of them, in their order."""

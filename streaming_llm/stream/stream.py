@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..autograd import unrecorded
 from ..compressors import get_compressor
 from ..config import ADMSConfig
 from ..padding import MaskChange
@@ -33,6 +34,7 @@ class Pass:
         window: as `Stream.window` becomes.
         next_trades: as `Stream.next_trades` become.
         parts: what happened in each stack so far.
+        of_layer: of these the one that a layer is in.
         over: whether the forward is over and the pass only waits to be committed or cropped.
         extra: what the cache knows of the pass beside, for `Stream.committed`.
     """
@@ -42,14 +44,29 @@ class Pass:
     window: PositionWindow
     next_trades: tuple[int, ...]
     parts: list[StackPass] = dataclasses.field(default_factory=list)
+    of_layer: dict[int, StackPass] = dataclasses.field(default_factory=dict)
     over: bool = False
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def add(self, part: StackPass) -> StackPass:
+        """Take in what is to happen in a stack."""
+        self.parts.append(part)
+        self.of_layer.update(dict.fromkeys(part.stack.layers, part))
+        return part
 
     def shifts(self, before: PositionWindow) -> list[tuple[int, int]]:
         """Offsets of each row after and before the moves it made, as pairs."""
         rows = max(len(self.window.offsets), len(before.offsets))
         both = (own * rows if len(own) == 1 else own for own in (self.window.offsets, before.offsets))
         return list(zip(*both, strict=True))
+
+
+def _with_layer(stacks: Sequence[Stack], layer: int) -> Stack | None:
+    """The stack that holds a layer; None where there is none."""
+    for stack in stacks:
+        if layer in stack.layers:
+            return stack
+    return None
 
 
 class Stream:
@@ -96,12 +113,11 @@ class Stream:
 
     def stack_of(self, layer: int) -> Stack | None:
         """The stack that holds a layer as committed; None before its first token."""
-        return next((stack for stack in self.stacks if layer in stack.layers), None)
+        return _with_layer(self.stacks, layer)
 
     def part_of(self, layer: int) -> StackPass | None:
         """What the pass under way did in a layer's stack so far."""
-        parts = () if self.open is None else self.open.parts
-        return next((part for part in parts if layer in part.stack.layers), None)
+        return None if self.open is None else self.open.of_layer.get(layer)
 
     @property
     def batch(self) -> int | None:
@@ -155,7 +171,7 @@ class Stream:
         if part is not None:
             return part.start, part.stack.seen
         stacks = self.stacks if self.open is None else self.open.stacks
-        stack = next((stack for stack in stacks if layer in stack.layers), None)
+        stack = _with_layer(stacks, layer)
         if stack is None:
             return 0, 0
         row = stack.rows[0]
@@ -226,6 +242,7 @@ class Stream:
             trades = tuple(next_trade(done) if row in which else own for row, own in enumerate(trades))
         return stacks, trades
 
+    @unrecorded()
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append a layer's new keys and values `[batch, kv_heads, new, dim]`; returns all that its queries attend to."""
         if self.cut:
@@ -234,7 +251,10 @@ class Stream:
                 "go on. Ask one question with a cache (a copy.deepcopy of one that read the text), or call cache.reset()"
             )
         if self.wired:
-            return self.part_for(layer, keys, values).write(layer, keys, values)
+            part = self.open.of_layer.get(layer)
+            if part is None or not part.takes(keys, values):
+                part = self.part_for(layer, keys, values)
+            return part.write(layer, keys, values)
         return self._write_unwired(layer, keys, values)
 
     def _write_unwired(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -279,15 +299,14 @@ class Stream:
         """
         part = self.part_of(layer)
         if part is None:
-            stack = next((stack for stack in self.open.stacks if layer in stack.layers), None)
+            stack = _with_layer(self.open.stacks, layer)
             if stack is None:
                 layers = next((run for run in self._runs() if layer in run), (layer,))
                 taken = {number for stack in self.open.stacks for number in stack.layers}
                 layers = tuple(number for number in layers if number not in taken)
                 stack = Stack.empty(layers, self.config, self.ropes.get(layer), keys, values)
                 self.open.stacks.append(stack)
-            part = StackPass(stack, self.open.arrival, self.upkeep)
-            self.open.parts.append(part)
+            part = self.open.add(StackPass(stack, self.open.arrival, self.upkeep))
         if not part.stack.columns and layer != part.stack.layers[0] and not part.stack.alike(keys, values):
             return self._leave(part, layer, keys, values)
         self._check_shape(part.stack, keys, values)
@@ -301,8 +320,7 @@ class Stream:
         self.open.stacks = [stack for stack in self.open.stacks if layer not in stack.layers] + [part.stack]
         stack = Stack.empty(rest, self.config, self.ropes.get(layer), keys, values)
         self.open.stacks.append(stack)
-        self.open.parts.append(StackPass(stack, self.open.arrival, self.upkeep))
-        return self.open.parts[-1]
+        return self.open.add(StackPass(stack, self.open.arrival, self.upkeep))
 
     def _runs(self) -> list[tuple[int, ...]]:
         layers = sorted(self.ropes)
