@@ -31,7 +31,7 @@ def true_first(which: torch.Tensor) -> torch.Tensor:
 
 
 class Row(NamedTuple):
-    """Where a row of a stack stands, the same in all its layers. Rows that are equal are worked on together.
+    """Where a row of a stack stands, the same in all its layers. Rows at the same `point` are worked on together.
 
     Attributes:
         length: slots in use; padding uses none.
@@ -51,6 +51,11 @@ class Row(NamedTuple):
     kept: int = 0
     queries: int = 0
     scored: int = 0
+
+    @property
+    def point(self) -> Row:
+        """All of it but how many tokens went by: what decides which of the row's slots and queries are what."""
+        return self._replace(seen=0)
 
     def resting(self, config: ADMSConfig) -> int:
         """Slots in use right after a compaction."""
@@ -91,7 +96,7 @@ class Row(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Some rows of a stack, all equal, as they are to be: see `Stack.with_parts`.
+    """Some rows of a stack, all at one point, as they are to be: see `Stack.with_parts`.
 
     `owned` says that the tokens are nobody else's, so that they may be the stack's own where they have its slots.
     """
@@ -172,8 +177,11 @@ class Stack:
 
     @functools.cached_property
     def uniform(self) -> bool:
-        """Whether all rows are at the same point, none with padding."""
-        return self.real is None and all(row == self.rows[0] for row in self.rows)
+        """Whether all rows are at the same point, and padding has no slots."""
+        if self.real is not None:
+            return False
+        point = self.rows[0].point
+        return len(self.rows) == 1 or all(row.point == point for row in self.rows)
 
     @functools.cached_property
     def lengths(self) -> torch.Tensor:
@@ -198,10 +206,10 @@ class Stack:
         return not self.compacted and (self.real is not None or unpadded)
 
     def classes(self, key: Callable[[int], object] = lambda number: None) -> list[list[int]]:
-        """Numbers of the rows that are equal, and equal in `key(number)`."""
+        """Numbers of the rows that are at one point, and equal in `key(number)`."""
         found: dict[tuple, list[int]] = {}
         for number, row in enumerate(self.rows):
-            found.setdefault((row, key(number)), []).append(number)
+            found.setdefault((row.point, key(number)), []).append(number)
         return list(found.values())
 
     def of_layer(self, layer: int, tensor: torch.Tensor) -> torch.Tensor:
@@ -266,15 +274,16 @@ class Stack:
     def with_parts(self, parts: Sequence[Part]) -> Stack:
         """The stack in which the rows of each part hold what it says from slot 0 on; the others are as they were.
 
+        What each row has seen stays its own.
         Padding has no slots in it, so where it has any now, all rows must be in a part.
         """
         rows = list(self.rows)
         for part in parts:
             for number in part.which:
-                rows[number] = part.row
+                rows[number] = part.row._replace(seen=rows[number].seen)
         slots = max(row.slots(self.config) for row in rows)
         # Rows of different length need a slot where padding among new tokens is written to.
-        slots = max(slots, max(row.length for row in rows)) + any(row != rows[0] for row in rows)
+        slots = max(slots, max(row.length for row in rows)) + any(row.point != rows[0].point for row in rows)
         if len(parts) == 1 and self.index(parts[0].which) is None:
             part = parts[0]
             tokens, memory, queries = part.tokens, part.memory, part.queries
@@ -299,9 +308,9 @@ class Stack:
         return dataclasses.replace(self, rows=tuple(rows), tokens=tokens, memory=memory, queries=queries, real=None)
 
     def with_row(self, which: Sequence[int], row: Row) -> Stack:
-        """The stack whose rows `which` stand where `row` says."""
+        """The stack whose rows `which` stand where `row` says, each with what it has seen itself."""
         chosen = set(which)
-        rows = tuple(row if number in chosen else own for number, own in enumerate(self.rows))
+        rows = tuple(row._replace(seen=own.seen) if number in chosen else own for number, own in enumerate(self.rows))
         return dataclasses.replace(self, rows=rows)
 
     def empty_queries(self, states: torch.Tensor) -> torch.Tensor:

@@ -86,7 +86,7 @@ class StackPass:
             stack = dataclasses.replace(stack, real=held)
         if self.overflows or stack.columns + new > stack.rows[0].capacity(config):
             stack = stack.aligned()
-        # Rows of different length, or to be: each has its own place for the next token.
+        # Rows at different points, or to be: each has its own place for the next token.
         self.ragged = stack.real is None and (not stack.uniform or arrival.real is not None)
         longest = max(row.length + count for row, count in zip(stack.rows, arrival.counts, strict=True))
         if self.ragged and not self.overflows and longest >= stack.tokens.length:
@@ -127,10 +127,11 @@ class StackPass:
         stack, arrival = self.stack, self.arrival
         if arrival.positions is not None:
             return arrival.positions.to(stack.device)
+        seen = [row.seen for row in stack.rows]
         if self.real is None:
-            return torch.arange(stack.rows[0].seen, stack.rows[0].seen + arrival.new, device=stack.device)[None]
-        seen = torch.tensor([row.seen for row in stack.rows], device=stack.device)
-        return seen[:, None] + self.real.cumsum(-1) - 1
+            seen = seen[:1] if min(seen) == max(seen) else seen
+            return torch.tensor(seen, device=stack.device)[:, None] + torch.arange(arrival.new, device=stack.device)
+        return torch.tensor(seen, device=stack.device)[:, None] + self.real.cumsum(-1) - 1
 
     def _slots(self) -> torch.Tensor:
         """Slots of the new tokens, `[batch, new]`, where rows differ; padding goes to the last, which is nobody's."""

@@ -1,6 +1,6 @@
 """What becomes of a stack between two passes: it is scored, compacted, and moved. Each gives a new stack.
 
-Rows that are equal are worked on in one call.
+Rows at one point are worked on in one call.
 """
 
 from __future__ import annotations
@@ -149,6 +149,7 @@ class Upkeep:
             width: slots their middle has from now on; None for as many as now.
             budgets: tokens their layers agreed on, int64 `[layers * batch]`, and the least of them; None for no change.
         """
+        due = [alike for which in due for alike in self._of_one_share(stack, which)]
         for which in due:
             stack = self.scored(stack, which)
         done = [self._compacted_rows(stack, which, width, budgets, least) for which in due]
@@ -200,6 +201,13 @@ class Upkeep:
             scored=keep,
         )
         return Part(which, after, result.tokens, result.memory, queries, owned=True), result.counts
+
+    def _of_one_share(self, stack: Stack, which: Sequence[int]) -> list[list[int]]:
+        """Rows at one point, apart where what they have seen lets different shares of their weights stay."""
+        found: dict[float, list[int]] = {}
+        for number in which:
+            found.setdefault(self._mass_share(stack.rows[number], stack.config), []).append(number)
+        return list(found.values())
 
     def _mass_share(self, row: Row, config: ADMSConfig) -> float:
         """What stays of the weight that tokens have for others: past the trained length `mass_decay` each 64 tokens."""
