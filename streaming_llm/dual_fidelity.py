@@ -7,6 +7,7 @@ hand clusters grow round density peaks (Rodriguez & Laio 2014, Science 344), in 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -16,7 +17,7 @@ from .compressors.merge import features, squared_distance
 from .config import SKETCH_REDUCTIONS
 from .recall import Originals, spread_pick, stand_in_error, take_off
 from .state import HeadView
-from .tokens import EXACT, SKETCH, UNUSED, WeightedTokens, concatenate, gather_tokens, top_in_order
+from .tokens import EXACT, SKETCH, UNUSED, WeightedTokens, add_tokens, concatenate, gather_tokens, top_in_order
 
 _TINY = 1e-12
 # A key that draws next to nothing would need a log-mass that explodes for the query it does suit: this share of the average
@@ -54,10 +55,10 @@ def reduce_tokens(
         weight = weight / _summed(weight, assigned, clusters).clamp_min(_TINY).gather(2, assigned)
 
     def added(states: torch.Tensor) -> torch.Tensor:
-        shape = (*states.shape[:2], clusters, states.shape[-1])
-        at = assigned[..., None].expand(states.shape)
         weighted = states.float() * weight[..., None]
-        return weighted.new_zeros(shape).scatter_add_(2, at, weighted)
+        sums = weighted.new_zeros(*states.shape[:2], clusters, states.shape[-1])
+        add_tokens(sums, assigned, weighted)
+        return sums
 
     return added(keys), added(values)
 
@@ -156,7 +157,9 @@ def make_sketches(
         size = _summed(weight, assigned, clusters).clamp_min(_TINY)[..., None]
         keys, values = keys / size, values / size
     first, used = _first_member(valid, assigned, clusters)
-    alone = members.gather(first)
+    # Of a member that is alone nothing else is asked.
+    asked = {name: gather_tokens(getattr(members, name), first) for name in ("keys", "values", "beta", "pos", "tier")}
+    alone = dataclasses.replace(members, **asked)
     single = _summed(valid.int(), assigned, clusters) == 1
     keys = torch.where(single[..., None], alone.keys, keys.to(alone.keys.dtype))
     values = torch.where(single[..., None], alone.values, values.to(alone.values.dtype))
