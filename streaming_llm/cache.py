@@ -139,23 +139,25 @@ class ADMSKVCache(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append one layer's new tokens and return what its queries attend to; see `ADMSLayer.update`."""
-        if self.wired and self.stream.open is None:
+        wired = self.stream.wired
+        if wired and self.stream.open is None:
             raise RuntimeError(
                 "the cache was made by enable_adms_llm, and the model it is given to is not (or no longer) enabled. Call "
                 "enable_adms_llm(model, ...) and use the cache it returns"
             )
-        self._make_layers(layer_idx)
+        if layer_idx >= len(self.layers):
+            self._make_layers(layer_idx)
         layer = self.layers[layer_idx]
         if not isinstance(layer, ADMSLayer):
             # A dtype that changed since the last pass: transformers' layers join both to the wider one.
             keys, values = layer.update(key_states, value_states, *args, **kwargs)
             return keys.to(key_states.dtype), values.to(value_states.dtype)
         new = key_states.shape[2]
-        if not self.wired:
+        if not wired:
             self._check_unwired(layer_idx, new)
         self._length_override = None
         states = layer.update(key_states, value_states)
-        if not self.wired and layer is self._full_layers()[-1]:
+        if not wired and layer is self._full_layers()[-1]:
             self._log_every_512(layer.get_seq_length(), new)
         return states if self.keys_as is None else (self.keys_as(states[0]), states[1])
 
@@ -196,7 +198,11 @@ class ADMSKVCache(
     @property
     def changing_frequencies(self) -> bool:
         """Whether the model's RoPE has frequencies that change with the length it sees."""
-        return any(getattr(getattr(layer, "rope", None), "stable_length", None) for layer in self.layers)
+        for layer in self.layers:
+            rope = self.stream.ropes[layer.number] if isinstance(layer, ADMSLayer) else getattr(layer, "rope", None)
+            if rope is not None and rope.stable_length:
+                return True
+        return False
 
     @property
     def batch_size(self) -> int:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from .attend.recall import Recalled
-from .data.autograd import unrecorded
 from .data.rope import Rope
 from .data.tokens import WeightedTokens
 from .stream.passes import StackPass
@@ -153,9 +151,8 @@ class ADMSLayer(CacheLayerMixin):
         Raises:
             ValueError: a batch, head count or dimension other than the tokens held have; nothing has changed.
         """
-        with unrecorded():
-            keys, values = self.stream.write(self.number, key_states, value_states)
-            keys, values = keys.to(key_states.dtype), values.to(value_states.dtype)
+        keys, values = self.stream.write(self.number, key_states, value_states)
+        keys, values = keys.to(key_states.dtype), values.to(value_states.dtype)
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             # What is kept is cut off from autograd and written in place later. Gradients reach the pass's own tokens only:
             # through copies.
@@ -170,22 +167,15 @@ class ADMSLayer(CacheLayerMixin):
     @property
     def plain(self) -> bool:
         """True while nothing was compacted and nothing padded: attention is then the model's own, to the bit."""
-        return self.stream.part_of(self.number).plain
+        return self.stream.open.of_layer[self.number].plain
 
-    @unrecorded()
     def attention_bias(self, new: int, groups: int, dtype: torch.dtype) -> torch.Tensor:
         """See `StackPass.bias`."""
         return self.stream.part_of(self.number).bias(self.number, groups, dtype)
 
-    @unrecorded()
-    def recall(self, query: torch.Tensor, scale: float) -> Recalled | None:
-        """See `StackPass.recall`."""
-        return self.stream.part_of(self.number).recall(self.number, query, scale)
-
-    @unrecorded()
     def observe(self, query: torch.Tensor, scale: float, softcap: float | None = None) -> None:
         """Take note of the queries that attended to what `update` returned; see `StackPass.observe`."""
-        self.stream.part_of(self.number).observe(self.number, query, scale, softcap, self.stream.records_past)
+        self.stream.open.of_layer[self.number].observe(self.number, query, scale, softcap, self.stream.records_past)
 
     # -- rows and ends: the cache's, for all layers at once --------------------------------------------------------------
 

@@ -355,7 +355,6 @@ def test_each_rows_state_can_be_read():
 
 
 @pytest.mark.parametrize("make_config", [ADMSConfig, ADMSConfig.adm_plus_plus], ids=["base", "adm++"])
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="rows of different length are compacted one by one")
 @torch.no_grad()
 def test_rows_of_different_length_cost_hardly_more_than_equal_rows(make_config):
     found = []

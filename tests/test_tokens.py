@@ -10,7 +10,7 @@ from conftest import random_states
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streaming_llm.data.select import gather_tokens, top_slots
+from streaming_llm.data.select import add_tokens, gather_tokens, put_tokens, top_slots
 from streaming_llm.data.tokens import CHANGED, RECENT, TIER_NAMES, UNUSED, WeightedTokens, concatenate, lightened
 
 
@@ -79,6 +79,11 @@ def test_concatenated_parts_come_one_after_the_other():
     assert same(both.slice(0, 3), make(3)) and same(both.slice(3, 5), make(2, seed=1))
 
 
+def test_slots_behind_concatenated_parts_are_as_those_of_untouched_tokens():
+    parts = [make(3), make(2, seed=1)]
+    assert same(concatenate(parts, 7), concatenate(parts).widened(7))
+
+
 def test_nbytes_counts_every_tensor():
     tokens = make(5)
     per_token = 2 * 4 * 4 + 6 * 4 + 1
@@ -103,6 +108,38 @@ def test_gather_tokens_picks_per_head():
     tensor = torch.arange(2 * 3 * 4).view(2, 3, 4)
     index = torch.tensor([3, 0]).expand(2, 3, 2)
     assert torch.equal(gather_tokens(tensor, index), tensor[:, :, [3, 0]])
+
+
+LAYOUTS = {
+    "whole": lambda states: states,
+    "a part of a buffer": lambda states: states[:, :, 2:9],
+    "one row": lambda states: states[1:2, :, 1:8],
+    "one head": lambda states: states[:, 1:2, 1:8],
+    "every second head": lambda states: states[:, ::2],
+    "every second row and a head for all": lambda states: states[::2, :1].expand(-1, 3, -1, -1),
+    "heads last": lambda states: states.transpose(1, 2).contiguous().transpose(1, 2),
+    "a part of each state": lambda states: states[..., 1:4],
+}
+
+
+@pytest.mark.parametrize("part", LAYOUTS.values(), ids=LAYOUTS)
+def test_tokens_are_picked_and_put_wherever_they_lie(part):
+    states = part(torch.randn(3, 4, 10, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float32))
+    index = torch.rand(states.shape[:3], generator=torch.Generator().manual_seed(1), dtype=torch.float32)
+    index = index.argsort(-1)[..., :4]
+    at = index[..., None].expand(*index.shape, states.shape[-1])
+    assert torch.equal(gather_tokens(states, index), states.gather(2, at))
+    if 0 not in states.stride():
+        expected = states.scatter(2, at, 2.0)
+        put_tokens(states, index, torch.full(at.shape, 2.0, dtype=torch.float32))
+        assert torch.equal(states, expected)
+
+
+def test_tokens_added_to_one_slot_all_count():
+    index = torch.tensor([[[0, 0, 2], [1, 1, 1]]])
+    sums = torch.zeros(1, 2, 3, 2)
+    add_tokens(sums, index, torch.ones(1, 2, 3, 2))
+    assert sums[..., 0].tolist() == [[[2, 0, 1], [0, 3, 0]]] and torch.equal(sums[..., 0], sums[..., 1])
 
 
 def test_every_tier_has_a_name():

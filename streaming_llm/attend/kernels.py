@@ -16,17 +16,21 @@ WIDE_MASKS = ("cpu",)
 
 
 class Attended(Protocol):
-    """What is asked of the layer whose keys and values are attended to; see `ADMSLayer`."""
+    """What is asked of the pass through layers whose keys and values are attended to; see `StackPass`."""
 
     @property
     def plain(self) -> bool:
         """True while attention is the model's own, to the bit."""
 
-    def attention_bias(self, new: int, groups: int, dtype: torch.dtype) -> torch.Tensor:
+    def bias(self, layer: int, groups: int, dtype: torch.dtype) -> torch.Tensor:
         """Log-mass and what is hidden, additive `[batch, kv_heads * groups, new, tokens]`."""
 
-    def recall(self, query: torch.Tensor, scale: float) -> Recalled | None:
-        """What the queries attend to beside the keys and values; None for nothing."""
+    def recall(self, layer: int, query: torch.Tensor, scale: float) -> Recalled:
+        """What the queries attend to beside the keys and values; only where `recalls`."""
+
+    @property
+    def recalls(self) -> bool:
+        """Whether there is anything to recall."""
 
 
 def packed_sdpa(
@@ -56,7 +60,8 @@ def packed_sdpa(
 
 
 def attend_weighted(
-    layer: Attended,
+    part: Attended,
+    layer: int,
     kernel: Callable,
     masked: Callable,
     query: torch.Tensor,
@@ -74,14 +79,14 @@ def attend_weighted(
     if query.requires_grad and torch.is_grad_enabled() and not key.requires_grad:
         # Only the queries are learnt: the backward pass needs the keys and values as they are now.
         key, value = key.clone(), value.clone()
-    if layer.plain:
+    if part.plain:
         return kernel(query, key, value, mask)
     kind = query.device.type
     dtype = autocast_dtype(query.dtype, kind)
     wide = wide and dtype.itemsize < 4
-    bias = layer.attention_bias(query.shape[2], query.shape[1] // key.shape[1], torch.float32 if wide else dtype)
-    recalled = layer.recall(query, scale)
-    if recalled is not None:
+    bias = part.bias(layer, query.shape[1] // key.shape[1], torch.float32 if wide else dtype)
+    if part.recalls:
+        recalled = part.recall(layer, query, scale)
         key, value = recalled.beside(key, value)
         bias = recalled.bias(bias)
     if not torch.is_autocast_enabled(kind):

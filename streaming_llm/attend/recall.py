@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from ..data.rope import Rope
-from ..data.tokens import gather_tokens
+from ..data.select import gather_tokens
 
 # The distance at which all archived keys are compared with a query: of those tried (64, 512, 2,048) the best.
 DISTANCE = 512

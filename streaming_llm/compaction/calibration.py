@@ -167,6 +167,15 @@ def fit_positions(state: CalibrationState, regularization: float) -> torch.Tenso
 
 
 @unrecorded()
+def update_fit(state: CalibrationState, regularization: float) -> _Fit:
+    """Fit the anchors again; `state.offsets` and `state.fitted` say so, in place. See `fit_positions`."""
+    fit = _fit(state, regularization)
+    state.offsets.copy_(fit.offsets)
+    state.fitted.copy_(state.filled >= MIN_ANCHORS)
+    return fit
+
+
+@unrecorded()
 def calibrate(
     state: CalibrationState,
     positions: torch.Tensor,
@@ -202,9 +211,7 @@ def calibrate(
         )
     if not positions.is_floating_point():
         positions = positions.float()
-    fit = _fit(state, regularization)
-    state.offsets.copy_(fit.offsets)
-    state.fitted.copy_(state.filled >= MIN_ANCHORS)
+    fit = update_fit(state, regularization)
     old = positions.double()
     moved = (old + BLEND * fit.drift(old)).clamp(max=high).clamp(min=low)
     usable = positions.isfinite() if valid is None else positions.isfinite() & valid

@@ -7,6 +7,7 @@ hand clusters grow round density peaks (Rodriguez & Laio 2014, Science 344), in 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from ..compressors.merge import features, squared_distance
 from ..config import SKETCH_REDUCTIONS
 from ..data.autograd import unrecorded
-from ..data.select import gather_tokens, top_in_order
+from ..data.select import add_tokens, gather_tokens, top_in_order
 from ..data.state import HeadView
 from ..data.tokens import EXACT, SKETCH, UNUSED, WeightedTokens, concatenate
 from .originals import Originals, spread_pick, stand_in_error, take_off
@@ -55,10 +56,10 @@ def reduce_tokens(
         weight = weight / _summed(weight, assigned, clusters).clamp_min(_TINY).gather(2, assigned)
 
     def added(states: torch.Tensor) -> torch.Tensor:
-        shape = (*states.shape[:2], clusters, states.shape[-1])
-        at = assigned[..., None].expand(states.shape)
         weighted = states.float() * weight[..., None]
-        return weighted.new_zeros(shape).scatter_add_(2, at, weighted)
+        sums = weighted.new_zeros(*states.shape[:2], clusters, states.shape[-1])
+        add_tokens(sums, assigned, weighted)
+        return sums
 
     return added(keys), added(values)
 
@@ -157,7 +158,9 @@ def make_sketches(
         size = _summed(weight, assigned, clusters).clamp_min(_TINY)[..., None]
         keys, values = keys / size, values / size
     first, used = _first_member(valid, assigned, clusters)
-    alone = members.gather(first)
+    # Of a member that is alone nothing else is asked.
+    asked = {name: gather_tokens(getattr(members, name), first) for name in ("keys", "values", "beta", "pos", "tier")}
+    alone = dataclasses.replace(members, **asked)
     single = _summed(valid.int(), assigned, clusters) == 1
     keys = torch.where(single[..., None], alone.keys, keys.to(alone.keys.dtype))
     values = torch.where(single[..., None], alone.values, values.to(alone.values.dtype))

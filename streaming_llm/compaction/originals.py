@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..data.select import gather_tokens, top_slots
+from ..data.select import gather_tokens, put_tokens, top_slots
 from ..data.state import HeadState
-from ..data.tokens import CHANGED, SKETCH, UNUSED, WeightedTokens, as_held
+from ..data.tokens import CHANGED, SKETCH, UNUSED, WeightedTokens, as_held, squared_norm
 
 _TINY = 1e-12
 # Below this share of what it was a remainder's value is not found by subtraction, which would magnify every inaccuracy.
@@ -156,10 +156,11 @@ class Originals(HeadState):
             fresh |= {"exact_keys": tokens.field("exact_keys"), "exact_pos": tokens.field("exact_pos")}
         for name, tensor in {**fresh, "parent": parent, "order": arrival}.items():
             own = getattr(self, name)
-            wide = own.dim() == 4
-            at = slot[..., None].expand(*slot.shape, own.shape[-1]) if wide else slot
             chosen = gather_tokens(tensor, index).to(own.dtype)
-            own.scatter_(2, at, torch.where(taken[..., None] if wide else taken, chosen, own.gather(2, at)))
+            if own.dim() == 4:
+                put_tokens(own, slot, torch.where(taken[..., None], chosen, gather_tokens(own, slot)))
+            else:
+                own.scatter_(2, slot, torch.where(taken, chosen, own.gather(2, slot)))
 
 
 def is_original(tokens: WeightedTokens) -> torch.Tensor:
@@ -198,11 +199,15 @@ def take_off(
     values = tokens.values
     if not sketches_only:
         index, _ = top_slots(share, leaving, min(originals.slots, most or originals.slots))
+        at = parent.gather(2, index)
         own = gather_tokens(originals.values, index).float() * share.gather(2, index)[..., None]
-        at = parent.gather(2, index)[..., None].expand(own.shape)
-        remainder = tokens.values.float().scatter_add(2, at, -own) / rest[..., None]
-        changed = touched & (tokens.tier != SKETCH) & (rest >= _LEAST_REST)
-        values = torch.where(changed[..., None], as_held(remainder, values.dtype), values)
+        # Of each that leaves, what leaves its stand-in altogether: several may have one, and all of them write the same.
+        together = (at[..., :, None] == at[..., None, :]).to(own.dtype) @ own
+        before = gather_tokens(values, at)
+        remainder = (before.float() - together) / rest.gather(2, at)[..., None]
+        changed = (touched & (tokens.tier != SKETCH) & (rest >= _LEAST_REST)).gather(2, at)
+        values = values.clone(memory_format=torch.contiguous_format)
+        put_tokens(values, at, torch.where(changed[..., None], as_held(remainder, values.dtype), before))
     beta = tokens.beta
     if log_mass:
         less = beta + rest.log()
@@ -252,9 +257,9 @@ def stand_in_error(tokens: WeightedTokens, originals: Originals) -> tuple[torch.
     norm = torch.zeros_like(tokens.beta)
     for own, made in ((originals.keys, tokens.keys), (originals.values, tokens.values)):
         own = own.float()
-        size = own.square().sum(-1) * valid
+        size = squared_norm(own) * valid
         level = size.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp_min(1)
-        difference = (own - gather_tokens(made, parent).float()).square().sum(-1) * valid
+        difference = squared_norm(own - gather_tokens(made, parent).float()) * valid
         error.scatter_add_(2, parent, difference / level.clamp_min(_TINY))
         norm.scatter_add_(2, parent, size / level.clamp_min(_TINY))
     return error, norm

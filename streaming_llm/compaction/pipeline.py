@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
-from ..compressors.base import Compressor, Reference, check_made
-from ..config import ADMSConfig
+from ..compressors.base import Reference, check_made
 from ..data.queries import Queries
-from ..data.rope import Rope
 from ..data.select import gather_tokens, top_in_order, top_slots
 from ..data.tokens import EXACT, PRECISION, RECENT, SINK, SKETCH, WeightedTokens, concatenate, lightened
 from ..maths.budgets import Budget, middle_variance, share_budget
 from ..maths.importance import attention_logits, importance, spread_over_segments
 from ..sizing import REPLAY_BANK
-from .calibration import anchor_positions, calibrate, update_anchors
+from .calibration import anchor_positions, calibrate, update_anchors, update_fit
 from .controller import QUERY_STEP, attention_output, head_budgets, reconstruction_energy, update_controller
 from .counts import Counts
 from .dual_fidelity import make_sketches, promote
 from .memory import Memory
 from .originals import Originals, is_original
+from .plan import Compacted, Plan
 from .replay import replay, replay_count, spectral_energy
 from .trace import Trace, left_of
 
@@ -36,52 +34,6 @@ _MEASURED_FIRST, _MEASURED_EVERY = 8, 4
 _RETURNED_SHARE = 0.125
 # Of the stored queries every so many are asked what a sketch draws.
 _QUERY_STEP = 8
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a compaction is to do, the same for all its rows.
-
-    Attributes:
-        config: the settings.
-        compressor: what makes the precision tier.
-        rope: how keys turn with position; None where that is not known.
-        width: slots of the middle afterwards, all tiers together.
-        queries_seen: whether attention ever showed its queries.
-        log_mass: whether attention sees log-mass.
-        compactions: how many there were before this one.
-        mass_share: what stays of the weight that tokens have for others; 1 for all.
-        budgets: the controller's budgets that layers agreed on, int64 `[rows]`, and the least of them; None without.
-        traces: whether it is to be told what became of each candidate.
-    """
-
-    config: ADMSConfig
-    compressor: Compressor
-    rope: Rope | None
-    width: int
-    queries_seen: bool = False
-    log_mass: bool = False
-    compactions: int = 0
-    mass_share: float = 1.0
-    budgets: tuple[torch.Tensor, int] | None = None
-    traces: bool = False
-
-
-@dataclass
-class Compacted:
-    """What a compaction gives.
-
-    Attributes:
-        tokens: sinks, `width` slots of middle and recent window, one after the other.
-        memory: what the modules remember now.
-        counts: what was done.
-        trace: what became of the candidates; None where `Plan.traces` did not ask.
-    """
-
-    tokens: WeightedTokens
-    memory: Memory
-    counts: Counts
-    trace: Trace | None = None
 
 
 def compact(source: WeightedTokens, queries: Queries | None, memory: Memory, plan: Plan) -> Compacted:
@@ -125,9 +77,10 @@ class _Compaction:
         self._count(tokens, middle)
         sinks = dataclasses.replace(sinks, tier=torch.full_like(sinks.tier, SINK))
         recent = dataclasses.replace(recent, tier=torch.full_like(recent.tier, RECENT))
-        result = concatenate([sinks, middle, recent])
+        result = concatenate([sinks, middle, recent], plan.slots)
         if before is not None:
-            energy = reconstruction_energy(before, attention_output(self._asked(QUERY_STEP), result))
+            held = result.slice(0, first + middle.length + recent.length)
+            energy = reconstruction_energy(before, attention_output(self._asked(QUERY_STEP), held))
             update_controller(self.memory.controller, energy, mass, self.config.controller_gain)
         return Compacted(result, self.memory, self.counts, self.trace)
 
@@ -369,19 +322,20 @@ class _Compaction:
         if self.plan.compressor.averages_keys:
             made = made | ((tokens.tier == PRECISION) & (tokens.count > 1))
         in_order = torch.where(made, tokens.pos, torch.inf).argsort(dim=2, stable=True)
-        back = in_order.argsort(dim=2)
         mean, mask = tokens.pos.gather(2, in_order), made.gather(2, in_order)
         synthetic = anchor_positions(mean, config.anchor_mode, config.seed, mask)
         update_anchors(state, synthetic, mean, mask)
+        if config.anchor_mode == "mean":
+            # Mean positions are true: the fit is the identity, and nothing is to be moved.
+            update_fit(state, config.calibration_regularization)
+            self.counts.calibrations = (state.fitted & mask.any(-1)).sum()
+            return tokens, False
         low = tokens.pos.masked_fill(~tokens.valid, torch.inf).amin(-1, keepdim=True)
         high = tokens.pos.masked_fill(~tokens.valid, -torch.inf).amax(-1, keepdim=True)
         low = torch.where(low.isfinite(), low, 0.0)
         placed = calibrate(state, synthetic, low, torch.maximum(high, low), config.calibration_regularization, mask)
         self.counts.calibrations = (state.fitted & mask.any(-1)).sum()
-        if config.anchor_mode == "mean":
-            # Mean positions are true: the fit is the identity, and nothing is to be moved.
-            return tokens, False
-        pos = placed.gather(2, back).to(tokens.pos.dtype)
+        pos = placed.gather(2, in_order.argsort(dim=2)).to(tokens.pos.dtype)
         # A key is rotated only where that is more than rounding.
         moved = made & ((pos - tokens.pos).abs() > 1e-2)
         pos = torch.where(moved, pos, tokens.pos)

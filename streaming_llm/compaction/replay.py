@@ -84,7 +84,10 @@ def spectral_energy(
         return original.new_ones(original.shape[:2])
     if approx.shape[2] == 0:
         return original.new_zeros(original.shape[:2])
-    made, given = leading_energy(approx), leading_energy(original)
+    if approx.shape == original.shape:
+        made, given = leading_energy(torch.stack([approx, original]))
+    else:
+        made, given = leading_energy(approx), leading_energy(original)
     ratio = torch.where(given > 0, made / given.clamp_min(1e-30), 1.0)
     return torch.nan_to_num(ratio, nan=0.0, posinf=1.0).clamp(0.0, 1.0)
 

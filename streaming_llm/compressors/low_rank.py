@@ -67,7 +67,7 @@ class LowRankCompressor(Compressor):
         covariance = fitted.transpose(-1, -2) @ fitted - mean.transpose(-1, -2) @ mean
         # Where keys do not differ, or there is one alone, the covariance is rounding, which is not to be magnified.
         spread = torch.diagonal(covariance, dim1=-2, dim2=-1).sum(-1)[..., None, None]
-        rounding = _ROUNDING * fitted.square().sum((2, 3), keepdim=True) + 1e-30
+        rounding = _ROUNDING * torch.linalg.vector_norm(fitted, dim=(2, 3), keepdim=True).square() + 1e-30
         covariance = torch.where(spread > rounding, covariance, 0.0)
         basis = leading_subspace(covariance, min(self.config.rank, states.shape[-1]))
         energy = ((covariance @ basis) * basis).sum(2, keepdim=True).clamp_min(0)

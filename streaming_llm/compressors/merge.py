@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from ..data.select import gather_tokens, top_in_order
-from ..data.tokens import EXACT, PRECISION, UNUSED, WeightedTokens
+from ..data.select import add_tokens, gather_tokens, top_in_order
+from ..data.tokens import EXACT, PRECISION, UNUSED, WeightedTokens, squared_norm
 from .base import Reference
 
 _TINY = 1e-12
@@ -27,7 +27,7 @@ def value_scale(tokens: WeightedTokens, reference: Reference) -> torch.Tensor:
     """
     valid = tokens.valid[..., None]
     total = valid.sum(2, keepdim=True).clamp_min(1)
-    value_energy = (tokens.values.float().square().sum(-1, keepdim=True) * valid).sum(2, keepdim=True) / total
+    value_energy = (squared_norm(tokens.values)[..., None] * valid).sum(2, keepdim=True) / total
     if reference.queries is not None:
         per_dimension = reference.queries.energy()[..., None, None]
     else:
@@ -94,17 +94,15 @@ def merge_into(
     # Those that join go first; how many there are is bounded by the shapes, so nothing has to be asked of the device.
     order = joining.to(torch.int8).argsort(dim=2, descending=True, stable=True)[:, :, : tokens.length - least]
     gone_count = gather_tokens(tokens.count * joining, order)
-    states = features(tokens.keys, tokens.values, value_scale(tokens, reference))
-    kept_states, gone_states = gather_tokens(states, index), gather_tokens(states, order)
+    gone_keys, gone_values = gather_tokens(tokens.keys, order).float(), gather_tokens(tokens.values, order).float()
+    scale = value_scale(tokens, reference).square()
     # |gone|^2 is the same for every candidate, so it takes no part in the choice.
-    distance = torch.baddbmm(
-        kept_states.square().sum(-1)[..., None, :].flatten(0, 1),
-        gone_states.flatten(0, 1),
-        kept_states.flatten(0, 1).transpose(-1, -2),
-        alpha=-2,
-    ).unflatten(0, kept_states.shape[:2])
-    distance.masked_fill_(~accepts[:, :, None, :], torch.inf)
-    nearest = distance.argmin(dim=-1)
+    length = squared_norm(kept.keys) + squared_norm(kept.values) * scale[..., 0]
+    distance = length.masked_fill(~accepts, torch.inf).flatten(0, 1)[:, None]
+    for gone, own in ((gone_keys, kept.keys), (gone_values * scale, kept.values)):
+        own = own.float().flatten(0, 1).transpose(-1, -2)
+        distance = torch.baddbmm(distance, gone.flatten(0, 1), own, alpha=-2)
+    nearest = distance.min(dim=-1).indices.unflatten(0, valid.shape[:2])
     places = torch.arange(index.shape[-1], device=index.device).expand_as(index)
     assigned = torch.zeros_like(valid, dtype=torch.int64).scatter_(2, index, places)
     reference.assigned = assigned.scatter(
@@ -118,14 +116,13 @@ def merge_into(
         mass_kept, mass_gone = kept.count.float(), gone_count.float()
 
     total = mass_kept.scatter_add(2, nearest, mass_gone)
-    gone_values = gather_tokens(tokens.values, order).float()
-    spread = nearest[..., None].expand(*nearest.shape, tokens.values.shape[-1])
-    values = kept.values.float() * mass_kept[..., None]
-    values = values.scatter_add_(2, spread, gone_values * mass_gone[..., None]) / total.clamp_min(_TINY)[..., None]
     count = kept.count.scatter_add(2, nearest, gone_count)
     changed = count != kept.count
-
-    kept.values = torch.where(changed[..., None], values.to(kept.values.dtype), kept.values)
+    # What joins moves the value it joins, so that values nothing joins are not touched.
+    share = (mass_gone / total.clamp_min(_TINY).gather(2, nearest))[..., None]
+    values = kept.values if kept.values.dtype.itemsize >= 4 else kept.values.float()
+    add_tokens(values, nearest, gone_values * share - gather_tokens(values, nearest) * share)
+    kept.values = values.to(kept.values.dtype)
     kept.tier = torch.where(picked, torch.where(pinned & (count == 1), EXACT, PRECISION), UNUSED).to(torch.int8)
     kept.count = count
     if reference.log_mass:

@@ -41,7 +41,8 @@ class Queries:
 
     def energy(self) -> torch.Tensor:
         """Mean square logit per unit of squared key length and dimension, float32 `[batch, kv_heads]`."""
-        return self.states.float().square().mean((2, 3, 4)) * self.scale**2
+        norm = torch.linalg.vector_norm(self.states.float(), dim=(2, 3, 4))
+        return norm.square() / (self.states[0, 0].numel() or 1) * self.scale**2
 
     def logits(self, keys: torch.Tensor) -> torch.Tensor:
         """`softcap(q.k * scale)`, float32 `[batch, kv_heads, groups, window, tokens]`; no log-mass, no causality."""

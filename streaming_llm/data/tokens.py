@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .select import gather_tokens
+from .select import gather_tokens, put_tokens
 
 UNUSED, EXACT, PRECISION, SKETCH, REPLAY, SINK, RECENT = range(7)
 # A log-mass that is none, for a token that was changed: one of exactly 0 says that it is the text's own, to the bit.
@@ -149,7 +149,8 @@ class WeightedTokens:
 
     def gather(self, index: torch.Tensor) -> WeightedTokens:
         """The slots `index [batch, kv_heads, picked]` of each head, copied."""
-        return self.map(lambda tensor: gather_tokens(tensor, index))
+        known: dict[int, torch.Tensor] = {}
+        return self.map(lambda tensor: gather_tokens(tensor, index, known))
 
     def write(self, start: int, tokens: WeightedTokens) -> None:
         """Overwrite the slots from `start` on with `tokens`, in place."""
@@ -180,8 +181,9 @@ class WeightedTokens:
             new = tokens.field(name).to(own.dtype)
             if own.dim() == 3:
                 return own.scatter(2, index, torch.where(picked, new, own.gather(2, index)))
-            at = index[..., None].expand(*index.shape, own.shape[-1])
-            return own.scatter(2, at, torch.where(picked[..., None], new, own.gather(2, at)))
+            own = own.clone(memory_format=torch.contiguous_format)
+            put_tokens(own, index, torch.where(picked[..., None], new, gather_tokens(own, index)))
+            return own
 
         return WeightedTokens(**{name: put(name, own) for name, own in self.tensors().items()})
 
@@ -215,7 +217,24 @@ def as_held(states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return states.to(dtype).clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
 
 
-def concatenate(parts: list[WeightedTokens]) -> WeightedTokens:
-    """The parts' slots one after the other."""
+def squared_norm(states: torch.Tensor) -> torch.Tensor:
+    """Squared length of each state `[..., dim]`, float32 `[...]`."""
+    return torch.linalg.vector_norm(states.float(), dim=-1).square()
+
+
+def concatenate(parts: list[WeightedTokens], slots: int = 0) -> WeightedTokens:
+    """The parts' slots one after the other, and as many of untouched tokens behind as make `slots`."""
     names = max((part.tensors() for part in parts), key=len)
-    return WeightedTokens(**{name: torch.cat([part.field(name) for part in parts], dim=2) for name in names})
+    length = sum(part.length for part in parts)
+
+    def joined(name: str) -> torch.Tensor:
+        tensors = [part.field(name) for part in parts]
+        if slots <= length:
+            return torch.cat(tensors, dim=2)
+        shape = tensors[0].shape
+        result = tensors[0].new_empty(*shape[:2], slots, *shape[3:])
+        torch.cat(tensors, dim=2, out=result[:, :, :length])
+        result[:, :, length:] = _UNTOUCHED.get(name, 0)
+        return result
+
+    return WeightedTokens(**{name: joined(name) for name in names})

@@ -73,8 +73,11 @@ def _attention(base: str) -> Callable:
             return forward(module, query, key, value, attention_mask, **kwargs)
         own = functools.partial(forward, module, **kwargs)
         packed = base == "sdpa" and query.shape[1] != key.shape[1]
+        part, scale = layer.stream.open.of_layer[layer.number], kwargs.get("scaling")
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
         result = attend_weighted(
-            layer,
+            part,
+            layer.number,
             own,
             functools.partial(packed_sdpa, **kwargs) if packed else own,
             query,
@@ -82,21 +85,12 @@ def _attention(base: str) -> Callable:
             value,
             attention_mask,
             wide=base == "eager" or query.device.type in WIDE_MASKS,
-            scale=_scale(query, kwargs.get("scaling")),
+            scale=scale,
         )
-        _show(layer, query, kwargs.get("scaling"), kwargs.get("softcap"))
+        part.observe(layer.number, query, scale, kwargs.get("softcap"), layer.stream.records_past)
         return result
 
     return adms_attention
-
-
-def _show(layer: ADMSLayer, query: torch.Tensor, scale: float | None, softcap: float | None = None) -> None:
-    layer.observe(query, _scale(query, scale), softcap)
-
-
-def _scale(query: torch.Tensor, given: float | None) -> float:
-    """What logits are multiplied by."""
-    return query.shape[-1] ** -0.5 if given is None else given
 
 
 class AttendedKeys(torch.Tensor):
@@ -152,9 +146,10 @@ class AttendedKeys(torch.Tensor):
             causal = is_causal and mask is attn_mask
             return kernel(query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=causal, scale=scale, **kwargs)
 
-        wide = query.device.type in WIDE_MASKS
-        result = attend_weighted(layer, attend, attend, query, key.keys, value, attn_mask, wide, _scale(query, scale))
-        _show(layer, query, scale)
+        wide, part = query.device.type in WIDE_MASKS, layer.stream.open.of_layer[layer.number]
+        own = query.shape[-1] ** -0.5 if scale is None else scale
+        result = attend_weighted(part, layer.number, attend, attend, query, key.keys, value, attn_mask, wide, own)
+        layer.observe(query, own)
         return result
 
 

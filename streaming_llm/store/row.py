@@ -8,7 +8,7 @@ from ..config import ADMSConfig
 
 
 class Row(NamedTuple):
-    """Where a row of a stack stands, the same in all its layers. Rows that are equal are worked on together.
+    """Where a row of a stack stands, the same in all its layers. Rows at the same `point` are worked on together.
 
     Attributes:
         length: slots in use; padding uses none.
@@ -32,6 +32,11 @@ class Row(NamedTuple):
     scored: int = 0
     archived: int = 0
     moved: int = 0
+
+    @property
+    def point(self) -> Row:
+        """All of it but how many tokens went by: what decides which of the row's slots and queries are what."""
+        return self._replace(seen=0)
 
     def resting(self, config: ADMSConfig) -> int:
         """Slots in use right after a compaction."""

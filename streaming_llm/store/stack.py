@@ -11,7 +11,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
@@ -22,25 +21,9 @@ from ..data.padding import MaskChange
 from ..data.queries import Queries
 from ..data.rope import Rope
 from ..data.tokens import WeightedTokens
-from .archive import Archive, Links
+from .archive import Archive
+from .part import Part, true_first
 from .row import Row
-
-
-def true_first(which: torch.Tensor) -> torch.Tensor:
-    """The columns of `which`, bool `[rows, columns]`, those that are True first, each kind in its order; int64."""
-    # Not every device sorts bools.
-    return (~which).to(torch.int8).argsort(dim=1, stable=True)
-
-
-class Part(NamedTuple):
-    """Some rows of a stack, all equal, as they are to be: see `Stack.with_parts`."""
-
-    which: Sequence[int]
-    row: Row
-    tokens: WeightedTokens
-    memory: Memory
-    queries: torch.Tensor | None = None
-    links: Links | None = None
 
 
 @dataclass
@@ -114,8 +97,11 @@ class Stack:
 
     @functools.cached_property
     def uniform(self) -> bool:
-        """Whether all rows are at the same point, none with padding."""
-        return self.real is None and all(row == self.rows[0] for row in self.rows)
+        """Whether all rows are at the same point, and padding has no slots."""
+        if self.real is not None:
+            return False
+        point = self.rows[0].point
+        return len(self.rows) == 1 or all(row.point == point for row in self.rows)
 
     @functools.cached_property
     def lengths(self) -> torch.Tensor:
@@ -140,16 +126,17 @@ class Stack:
         return not self.compacted and (self.real is not None or unpadded)
 
     def classes(self, key: Callable[[int], object] = lambda number: None) -> list[list[int]]:
-        """Numbers of the rows that are equal, and equal in `key(number)`."""
+        """Numbers of the rows that are at one point, and equal in `key(number)`."""
         found: dict[tuple, list[int]] = {}
         for number, row in enumerate(self.rows):
-            found.setdefault((row, key(number)), []).append(number)
+            found.setdefault((row.point, key(number)), []).append(number)
         return list(found.values())
 
     def of_layer(self, layer: int, tensor: torch.Tensor) -> torch.Tensor:
         """The part of one of the stack's tensors that is a layer's, a view `[batch, ...]`."""
-        start = self.layers.index(layer) * self.batch
-        return tensor[start : start + self.batch]
+        rows = len(self.rows)
+        start = self.layers.index(layer) * rows
+        return tensor[start : start + rows]
 
     def index(self, which: Sequence[int]) -> torch.Tensor | None:
         """Where rows of the batch are in the tensors, int64 `[layers * rows]`; None for all of them, in their order."""
@@ -207,18 +194,21 @@ class Stack:
     def with_parts(self, parts: Sequence[Part]) -> Stack:
         """The stack in which the rows of each part hold what it says from slot 0 on; the others are as they were.
 
+        What each row has seen stays its own.
         Padding has no slots in it, so where it has any now, all rows must be in a part.
         """
         rows = list(self.rows)
         for part in parts:
             for number in part.which:
-                rows[number] = part.row
+                rows[number] = part.row._replace(seen=rows[number].seen)
         slots = max(row.slots(self.config) for row in rows)
         # Rows of different length need a slot where padding among new tokens is written to.
-        slots = max(slots, max(row.length for row in rows)) + any(row != rows[0] for row in rows)
+        slots = max(slots, max(row.length for row in rows)) + any(row.point != rows[0].point for row in rows)
         if len(parts) == 1 and self.index(parts[0].which) is None:
             part = parts[0]
-            tokens, memory, queries, links = part.tokens.widened(slots), part.memory, part.queries, part.links
+            tokens, memory, queries, links = part.tokens, part.memory, part.queries, part.links
+            if not part.owned or tokens.length != slots:
+                tokens = tokens.widened(slots)
         else:
             exact = any(part.tokens.exact for part in parts) or self.tokens.exact
             own = self.tokens.with_exact() if exact else self.tokens
@@ -243,9 +233,9 @@ class Stack:
         )
 
     def with_row(self, which: Sequence[int], row: Row) -> Stack:
-        """The stack whose rows `which` stand where `row` says."""
+        """The stack whose rows `which` stand where `row` says, each with what it has seen itself."""
         chosen = set(which)
-        rows = tuple(row if number in chosen else own for number, own in enumerate(self.rows))
+        rows = tuple(row._replace(seen=own.seen) if number in chosen else own for number, own in enumerate(self.rows))
         return dataclasses.replace(self, rows=rows)
 
     def empty_queries(self, states: torch.Tensor) -> torch.Tensor:
@@ -301,6 +291,11 @@ class Stack:
             return 0
         there = sum(min(row.archived, self.archive.config.recall_tokens) for row in self.rows)
         return there * len(self.layers) * self.tokens.keys.shape[1]
+
+    def leaving(self, new: int, row: Row) -> int:
+        """Tokens of a row that have left the recent window since the last compaction once `new` more have come."""
+        fixed = self.config.dynamic_start_size + self.config.recent_size
+        return min(max(0, row.length + new - fixed - (row.width if row.compactions else 0)), self.config.recall_tokens)
 
     def with_archive_room(self, new: int) -> Stack:
         """The stack whose archive has room for `new` more tokens of each row."""
@@ -398,12 +393,8 @@ class Stack:
     @property
     def nbytes(self) -> dict[str, int]:
         """Bytes of the tensors, by use: see `ADMSKVCache.memory_report`."""
-        states = self.memory.states()
         queries = 0 if self.queries is None else self.queries.numel() * self.queries.element_size()
-        return {
-            "attended": self.tokens.nbytes,
-            "query_window": queries,
-            "originals": sum(state.nbytes for name, state in states.items() if name == "originals"),
-            "modules": sum(state.nbytes for name, state in states.items() if name != "originals"),
-            **({} if self.archive is None else self.archive.nbytes),
-        }
+        originals = 0 if self.memory.originals is None else self.memory.originals.nbytes
+        modules = sum(state.nbytes for state in self.memory.states().values()) - originals
+        sizes = {"attended": self.tokens.nbytes, "query_window": queries, "originals": originals, "modules": modules}
+        return sizes if self.archive is None else sizes | self.archive.nbytes

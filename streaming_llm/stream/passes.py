@@ -16,7 +16,7 @@ import dataclasses
 import torch
 
 from ..attend.recall import Recalled
-from ..compaction.counts import Counts
+from ..data.autograd import unrecorded
 from ..data.queries import Queries
 from ..data.tokens import WeightedTokens, concatenate
 from ..store.row import Row
@@ -46,7 +46,7 @@ class StackPass:
             stack = dataclasses.replace(stack, real=held)
         if self.overflows or stack.columns + new > stack.rows[0].capacity(config):
             stack = stack.aligned()
-        # Rows of different length, or to be: each has its own place for the next token.
+        # Rows at different points, or to be: each has its own place for the next token.
         self.ragged = stack.real is None and (not stack.uniform or arrival.real is not None)
         longest = max(row.length + count for row, count in zip(stack.rows, arrival.counts, strict=True))
         if self.ragged and not self.overflows and longest >= stack.tokens.length:
@@ -74,9 +74,15 @@ class StackPass:
         self._biases: dict[tuple[torch.dtype, int], torch.Tensor] = {}
         if self.overflows:
             # Once for all layers, so that their parts are of the same shelves.
-            self.stack = self.stack.with_archive_room(self._most_leaving())
+            self.stack = self.stack.with_archive_room(max(map(self.stack.leaving, arrival.counts, stack.rows)))
         # Set once all that belongs to the stack is as it stays.
         self.recalling = RecallPass.of(self.stack, arrival, self.position_ids, self.real)
+        self.recalls = self.recalling is not None
+        # Where each layer's rows are in the stack's tensors, and what shape its states have, once there are any.
+        batch, own = stack.batch, stack.tokens
+        self._at = {layer: slice(number * batch, (number + 1) * batch) for number, layer in enumerate(stack.layers)}
+        shape = (batch, own.keys.shape[1], own.keys.shape[3], own.values.shape[3], own.keys.device)
+        self._shape = shape if stack.columns else None
         if not self.overflows:
             self._write_positions()
 
@@ -87,10 +93,11 @@ class StackPass:
         stack, arrival = self.stack, self.arrival
         if arrival.positions is not None:
             return arrival.positions.to(stack.device)
+        seen = [row.seen for row in stack.rows]
         if self.real is None:
-            return torch.arange(stack.rows[0].seen, stack.rows[0].seen + arrival.new, device=stack.device)[None]
-        seen = torch.tensor([row.seen for row in stack.rows], device=stack.device)
-        return seen[:, None] + self.real.cumsum(-1) - 1
+            seen = seen[:1] if min(seen) == max(seen) else seen
+            return torch.tensor(seen, device=stack.device)[:, None] + torch.arange(arrival.new, device=stack.device)
+        return torch.tensor(seen, device=stack.device)[:, None] + self.real.cumsum(-1) - 1
 
     def _slots(self) -> torch.Tensor:
         """Slots of the new tokens, `[batch, new]`, where rows differ; padding goes to the last, which is nobody's."""
@@ -118,6 +125,10 @@ class StackPass:
         if stack.real is not None:
             self.columns = torch.cat([stack.real, self.real], dim=1)
 
+    def takes(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """Whether states have the shape of those that the stack holds; False where it holds none."""
+        return (keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3], keys.device) == self._shape
+
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append a layer's keys and values `[batch, kv_heads, new, dim]`; returns all that its queries attend to."""
         stack = self.stack
@@ -125,21 +136,21 @@ class StackPass:
         self.unanswered.add(layer)
         if self.overflows:
             return self._write_aside(layer, keys, values)
-        own = stack.tokens
-        pairs = [(own.keys, keys), (own.values, values)] + ([(own.exact_keys, keys)] if own.exact else [])
-        for whole, new in pairs:
-            part = stack.of_layer(layer, whole)
+        own, at = stack.tokens, self._at[layer]
+        for whole, new in ((own.keys, keys), (own.values, values), (own.exact_keys, keys)):
+            if whole is None:
+                continue
             if self.ragged:
-                part.scatter_(2, self.slots[:, None, :, None].expand(new.shape), new.to(part.dtype))
+                whole[at].scatter_(2, self.slots[:, None, :, None].expand(new.shape), new.to(whole.dtype))
             else:
-                part[:, :, self.start : self.stop] = new
-        return self.attended(layer, "keys"), self.attended(layer, "values")
+                whole[at, :, self.start : self.stop] = new
+        return own.keys[at, :, : self.stop], own.values[at, :, : self.stop]
 
     def attended(self, layer: int, name: str) -> torch.Tensor:
         """All keys or values (`name`) that a layer's queries attend to, `[batch, kv_heads, tokens, dim]`, a view."""
         if self.overflows:
             return getattr(self.singles[layer].tokens, name)
-        return self.stack.of_layer(layer, getattr(self.stack.tokens, name))[:, :, : self.stop]
+        return getattr(self.stack.tokens, name)[self._at[layer], :, : self.stop]
 
     def _write_aside(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `write`, into a buffer of its own: nothing of the stack is touched, whatever is done to it."""
@@ -181,21 +192,14 @@ class StackPass:
             return self._grouped(self.singles[layer].tokens.beta, groups, dtype, lowest)
         if (dtype, groups) not in self._biases:
             self._biases[dtype, groups] = self._grouped(self.stack.tokens.beta[:, :, : self.stop], groups, dtype, lowest)
-        return self.stack.of_layer(layer, self._biases[dtype, groups])
+        return self._biases[dtype, groups][self._at[layer]]
 
-    def recall(self, layer: int, query: torch.Tensor, scale: float) -> Recalled | None:
-        """What a layer's queries `[batch, heads, new, head_dim]` attend to beside what it holds; None for nothing."""
-        if self.recalling is None:
-            return None
+    @unrecorded()
+    def recall(self, layer: int, query: torch.Tensor, scale: float) -> Recalled:
+        """What a layer's queries `[batch, heads, new, head_dim]` attend to beside what it holds; only where `recalls`."""
         return self.recalling.recall(layer, query, scale, None if self.overflows else self.stop)
 
-    def _most_leaving(self) -> int:
-        """The most tokens that any row's recent window loses by this pass."""
-        config = self.stack.config
-        fixed = config.dynamic_start_size + config.recent_size
-        pairs = zip(self.stack.rows, self.arrival.counts, strict=True)
-        return max(0, *(row.length + count - fixed - row.width * bool(row.compactions) for row, count in pairs))
-
+    @unrecorded()
     def _grouped(self, beta: torch.Tensor, groups: int, dtype: torch.dtype, lowest: float) -> torch.Tensor:
         bias = self._hidden(beta.to(dtype).clamp_min(lowest), lowest)
         rows, heads, new, tokens = bias.shape
@@ -227,6 +231,7 @@ class StackPass:
         bias[..., :1].masked_fill_(~seen.any(-1).repeat(copies, 1)[:, None, :, None], 0.0)
         return bias
 
+    @unrecorded()
     def observe(self, layer: int, query: torch.Tensor, scale: float, softcap: float | None, waits: bool) -> None:
         """Take note of the queries that attended to what `write` returned.
 
@@ -237,15 +242,18 @@ class StackPass:
         """
         self.unanswered.discard(layer)
         self.scale, self.softcap = scale, softcap
-        config, new = self.stack.config, self.arrival.new
-        batch, heads = self.stack.batch, self.stack.tokens.keys.shape[1]
-        states = query.detach().view(batch, heads, query.shape[1] // heads, new, query.shape[-1])
-        states = states.to(self.stack.tokens.keys.dtype)
+        keys = self.stack.tokens.keys
+        batch, heads, new, dim = query.shape
+        states = query.detach().view(batch, keys.shape[1], heads // keys.shape[1], new, dim).to(keys.dtype)
         if self.stores_queries:
             if self.queries is None:
                 self.queries = self.stack.empty_queries(states)
-            self._store(self.stack.of_layer(layer, self.queries), states)
-        elif self.overflows or config.middle_allocation:
+            if self.ragged or self.stack.real is not None:
+                self._store(self.queries[self._at[layer]], states)
+            else:
+                start = self.stack.rows[0].queries
+                self.queries[self._at[layer], :, :, start : start + new] = states
+        elif self.overflows or self.stack.config.middle_allocation:
             single = self.singles.get(layer) or self.stack.single(layer)
             self.waiting[layer] = (single, Queries(states, scale, softcap))
             if not waits:
@@ -253,12 +261,8 @@ class StackPass:
                     self._settle(layer)
 
     def _store(self, own: torch.Tensor, states: torch.Tensor) -> None:
-        """Write queries `[batch, kv_heads, groups, new, head_dim]` behind those stored, in place."""
+        """Write queries `[batch, kv_heads, groups, new, head_dim]` of rows that differ behind those stored, in place."""
         rows, counts = self.stack.rows, self.arrival.counts
-        if not self.ragged and self.stack.real is None:
-            start = rows[0].queries
-            own[:, :, :, start : start + states.shape[3]] = states
-            return
         # Padding is written to the slot that comes next, or to one that is free as well.
         start = torch.tensor([row.queries for row in rows], device=own.device)[:, None]
         if states.shape[3] == 1 and min(counts) == 1:
@@ -321,10 +325,10 @@ class StackPass:
             self._settle(layer)
         stack, arrival = self.stack, self.arrival
         tail = stack.tail + arrival.new if arrival.real is None else arrival.tail
-        counts = Counts() if self.recalling is None else self.recalling.counts
         if self.singles:
             joined = Stack.join([self.singles[layer] for layer in stack.layers])
-            return dataclasses.replace(joined, tail=tail, counts=joined.counts + counts)
+            counts = joined.counts + self.recalling.counts if self.recalls else joined.counts
+            return dataclasses.replace(joined, tail=tail, counts=counts)
         rows = tuple(self._row(row, count) for row, count in zip(stack.rows, arrival.counts, strict=True))
         return dataclasses.replace(
             stack,
@@ -335,7 +339,7 @@ class StackPass:
             seen=stack.seen + arrival.new,
             tail=tail,
             real=self._columns_after(),
-            counts=stack.counts + counts,
+            counts=stack.counts + self.recalling.counts if self.recalls else stack.counts,
         )
 
     def _row(self, row: Row, count: int) -> Row:

@@ -12,12 +12,13 @@ import torch
 from ..attend.recall import Recalled
 from ..compressors import get_compressor
 from ..config import ADMSConfig
+from ..data.autograd import unrecorded
 from ..data.padding import MaskChange
 from ..data.rope import Rope
 from ..store.row import Row
 from ..store.stack import Stack
 from .arrival import Arrival, NonFiniteError
-from .forward_pass import Pass
+from .forward_pass import Pass, with_layer
 from .passes import StackPass
 from .positions import PositionWindow
 from .ranks import Ranks
@@ -71,12 +72,11 @@ class Stream:
 
     def stack_of(self, layer: int) -> Stack | None:
         """The stack that holds a layer as committed; None before its first token."""
-        return next((stack for stack in self.stacks if layer in stack.layers), None)
+        return with_layer(self.stacks, layer)
 
     def part_of(self, layer: int) -> StackPass | None:
         """What the pass under way did in a layer's stack so far."""
-        parts = () if self.open is None else self.open.parts
-        return next((part for part in parts if layer in part.stack.layers), None)
+        return None if self.open is None else self.open.of_layer.get(layer)
 
     @property
     def batch(self) -> int | None:
@@ -130,7 +130,7 @@ class Stream:
         if part is not None:
             return part.start, part.stack.seen
         stacks = self.stacks if self.open is None else self.open.stacks
-        stack = next((stack for stack in stacks if layer in stack.layers), None)
+        stack = with_layer(stacks, layer)
         if stack is None:
             return 0, 0
         row = stack.rows[0]
@@ -201,6 +201,7 @@ class Stream:
             trades = tuple(next_trade(done) if row in which else own for row, own in enumerate(trades))
         return stacks, trades
 
+    @unrecorded()
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append a layer's new keys and values `[batch, kv_heads, new, dim]`; returns all that its queries attend to."""
         if self.cut:
@@ -209,7 +210,10 @@ class Stream:
                 "go on. Ask one question with a cache (a copy.deepcopy of one that read the text), or call cache.reset()"
             )
         if self.wired:
-            return self.part_for(layer, keys, values).write(layer, keys, values)
+            part = self.open.of_layer.get(layer)
+            if part is None or not part.takes(keys, values):
+                part = self.part_for(layer, keys, values)
+            return part.write(layer, keys, values)
         return self._write_unwired(layer, keys, values)
 
     def _write_unwired(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -254,15 +258,14 @@ class Stream:
         """
         part = self.part_of(layer)
         if part is None:
-            stack = next((stack for stack in self.open.stacks if layer in stack.layers), None)
+            stack = with_layer(self.open.stacks, layer)
             if stack is None:
                 layers = next((run for run in self._runs() if layer in run), (layer,))
                 taken = {number for stack in self.open.stacks for number in stack.layers}
                 layers = tuple(number for number in layers if number not in taken)
                 stack = Stack.empty(layers, self.config, self.ropes.get(layer), keys, values)
                 self.open.stacks.append(stack)
-            part = StackPass(stack, self.open.arrival, self.upkeep)
-            self.open.parts.append(part)
+            part = self.open.add(StackPass(stack, self.open.arrival, self.upkeep))
         if not part.stack.columns and layer != part.stack.layers[0] and not part.stack.alike(keys, values):
             return self._leave(part, layer, keys, values)
         self._check_shape(part.stack, keys, values)
@@ -276,8 +279,7 @@ class Stream:
         self.open.stacks = [stack for stack in self.open.stacks if layer not in stack.layers] + [part.stack]
         stack = Stack.empty(rest, self.config, self.ropes.get(layer), keys, values)
         self.open.stacks.append(stack)
-        self.open.parts.append(StackPass(stack, self.open.arrival, self.upkeep))
-        return self.open.parts[-1]
+        return self.open.add(StackPass(stack, self.open.arrival, self.upkeep))
 
     def _runs(self) -> list[tuple[int, ...]]:
         layers = sorted(self.ropes)
@@ -302,7 +304,7 @@ class Stream:
         # From here on nothing is computed any more.
         self.stacks = sorted(stacks, key=lambda own: own.layers)
         self.next_trades, self.window, self.open = done.next_trades, done.window, None
-        recalling = [part.recalling for part in done.parts if part.recalling is not None]
+        recalling = [part.recalling for part in done.parts if part.recalls]
         self.read = {layer: found for own in recalling for layer, found in own.recalled.items()}
 
     def check(self) -> None:

@@ -1,6 +1,6 @@
 """What becomes of a stack between two passes: it is scored, compacted, and moved. Each gives a new stack.
 
-Rows that are equal are worked on in one call.
+Rows at one point are worked on in one call.
 """
 
 from __future__ import annotations
@@ -152,11 +152,12 @@ class Upkeep:
             width: slots their middle has from now on; None for as many as now.
             budgets: tokens their layers agreed on, int64 `[layers * batch]`, and the least of them; None for no change.
         """
+        due = [alike for which in due for alike in self._of_one_share(stack, which)]
         for which in due:
             stack = self.scored(stack, which)
         if due:
             # Before what each row archives is written: all of them see the same shelves.
-            stack = stack.with_archive_room(max(self._leaving(stack, stack.rows[which[0]]) for which in due))
+            stack = stack.with_archive_room(max(stack.leaving(0, stack.rows[which[0]]) for which in due))
         done = [self._compacted_rows(stack, which, width, budgets, least) for which in due]
         parts = [part for part, _ in done]
         if stack.real is not None or not due:
@@ -188,6 +189,7 @@ class Upkeep:
             mass_share=self._mass_share(row, config),
             budgets=agreed,
             traces=stack.archive is not None,
+            slots=row._replace(width=row.width if width is None else width).slots(config),
         )
         start = 0 if self.compressor.needs_queries else row.kept
         held = stack.held(which)
@@ -199,11 +201,11 @@ class Upkeep:
             queries = torch.nn.functional.pad(kept, (0, 0, 0, config.query_slots - keep))
         links, leaving = None, 0
         if stack.archive is not None:
-            leaving = self._leaving(stack, row)
+            leaving = stack.leaving(0, row)
             links = self._archived(stack, which, held, result, leaving)
         after = row._replace(
             archived=row.archived + leaving,
-            length=result.tokens.length,
+            length=row._replace(width=plan.width).resting(config),
             width=plan.width,
             compactions=row.compactions + 1,
             least=least or row.least,
@@ -211,14 +213,7 @@ class Upkeep:
             queries=keep,
             scored=keep,
         )
-        return Part(which, after, result.tokens, result.memory, queries, links), result.counts
-
-    @staticmethod
-    def _leaving(stack: Stack, row: Row) -> int:
-        """Tokens of a row that have left the recent window since the last compaction."""
-        fixed = stack.config.dynamic_start_size + stack.config.recent_size
-        leaving = row.length - fixed - (row.width if row.compactions else 0)
-        return min(max(0, leaving), stack.config.recall_tokens)
+        return Part(which, after, result.tokens, result.memory, queries, links, owned=True), result.counts
 
     def _archived(self, stack: Stack, which: Sequence[int], held: WeightedTokens, result: Compacted, leaving: int) -> Links:
         """What the archive knows of equal rows now; what left their recent window is on its shelves."""
@@ -231,11 +226,18 @@ class Upkeep:
             row.moved,
             held,
             slice(last - leaving, last),
-            result.tokens.slice(first, result.tokens.length - stack.config.recent_size),
+            result.tokens.slice(first, first + result.trace.left.shape[2]),
             result.trace,
             row.width if row.compactions else 0,
             stack.rope,
         )
+
+    def _of_one_share(self, stack: Stack, which: Sequence[int]) -> list[list[int]]:
+        """Rows at one point, apart where what they have seen lets different shares of their weights stay."""
+        found: dict[float, list[int]] = {}
+        for number in which:
+            found.setdefault(self._mass_share(stack.rows[number], stack.config), []).append(number)
+        return list(found.values())
 
     def _mass_share(self, row: Row, config: ADMSConfig) -> float:
         """What stays of the weight that tokens have for others: past the trained length `mass_decay` each 64 tokens."""
