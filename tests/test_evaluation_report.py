@@ -44,13 +44,13 @@ def results():
 
 def test_the_terminal_tables_hold_every_figure_in_80_columns(results):
     rich = pytest.importorskip("rich.console")
-    results["adms_attention_matching"] = result("adms_attention_matching")
+    results["adms_attention_matching"] = result("adms_attention_matching", archive_bytes=2**20)
     console = rich.Console(width=80, record=True, file=open(os.devnull, "w"))
     report.print_tables(results, "A title", "A caption", console)
     lines = console.export_text().splitlines()
     found = [line.split() for line in lines if line.startswith("adms_attention_matching ")]
-    assert found[0][1:] == ["20.09", "0.0432", "62.5%", "3.0", "MiB", "-", "1,580"]
-    assert found[1][1:] == ["96", "5.3%", "12.5", "1.23%"]
+    assert found[0][1:] == ["20.09", "0.0432", "62.5%", "2.0", "MiB", "1.0", "MiB"]
+    assert found[1][1:] == ["1,580", "96", "5.3%", "12.5", "1.23%"]
     assert next(line.split() for line in lines if line.startswith("alone"))[1:4] == ["20.09", "-", "-"]
     assert lines[1].startswith("A title")
     assert any(line.startswith("A caption") for line in lines)

@@ -43,10 +43,10 @@ COLUMNS: dict[str, Callable[[MethodResult], str]] = {
     "gap recovered": lambda result: cell(result.gap_recovered, "{:.1%}"),
     "cache": lambda result: format_bytes(result.cache_bytes - result.archive_bytes),
     "archive": lambda result: cell(result.archive_bytes or None, format_bytes),
-    "tokens held": lambda result: f"{result.held_tokens:,}",
 }
 TIME_COLUMNS: dict[str, Callable[[MethodResult], str]] = {
     "method": lambda result: result.method,
+    "tokens held": lambda result: f"{result.held_tokens:,}",
     "tokens/s": lambda result: f"{result.timing.tokens_per_second:.0f}",
     "compaction": lambda result: cell(result.timing.compaction_share, "{:.1%}"),
     "decode tokens/s": lambda result: cell(result.timing.decode_tokens_per_second, "{:.1f}"),
