@@ -245,6 +245,12 @@ def test_equal_bytes_hold_for_the_caches_at_the_end_of_the_stream(tiny_llama):
         assert 0.85 * size < cache.nbytes <= size, plan.method.name
 
 
+def test_at_equal_bytes_adms_told_to_recall_is_as_large_as_the_method_that_does(tiny_llama):
+    resolved = resolve_settings(SMALL | {"enable_recall": True, "recall_budget": 16})
+    adms, recall = plan_equal_bytes(["adms", "adms_recall"], resolved, tiny_llama.config, "float32", 600)
+    assert adms.settings == recall.settings and adms.settings["recall_bits"] == 4
+
+
 def test_equal_bytes_that_are_too_few_for_a_method_are_refused(tiny_llama):
     tiny = resolve_settings(SMALL | {"recent_size": 1, "compressed_budget": 0})
     with pytest.raises(ValueError, match="is too little for this model and these settings"):

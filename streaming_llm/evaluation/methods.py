@@ -189,15 +189,13 @@ def plan_equal_bytes(names: Sequence[str], settings: Mapping[str, Any], model_co
         if plan.method.kind == "full":
             plans.append(plan)
             continue
-        if plan.method.name == RECALL:
+        if plan.config.enable_recall:
             plans.append(dataclasses.replace(plan, settings=own))
             continue
-        config, fixed = plan.config, {"recent_size"}
-        if plan.method.name != "streaming":
-            fixed.add("compressed_budget")
-        given = {name: value for name, value in config.to_dict().items() if name not in fixed}
+        sized = {"recent_size"} if plan.method.name == "streaming" else {"recent_size", "compressed_budget"}
+        given = {name: value for name, value in plan.config.to_dict().items() if name not in sized}
         largest = ADMSConfig.from_memory(model_config, size, dtype, **given)
-        settled = plan.settings | {name: getattr(largest, name) for name in fixed}
+        settled = plan.settings | {name: getattr(largest, name) for name in sized}
         plans.append(dataclasses.replace(plan, settings=settled, total_tokens=_total_tokens(largest)))
     return plans
 
