@@ -308,9 +308,22 @@ def test_the_example_script_starts(monkeypatch, capsys):
     assert "--budgets" in capsys.readouterr().out
 
 
+def test_what_variants_recall_comes_out_of_their_tokens():
+    plans = ablation.plan_variants(list(ablation.VARIANTS), 260, {"enable_recall": True, "recall_budget": 30})
+    for plan in plans:
+        if plan.method.name in ablation.VARIANTS:
+            config = ADMSConfig(**plan.settings)
+            assert config.expected_max_tokens - config.compression_interval + 30 == plan.total_tokens == 260
+    streaming = next(plan for plan in plans if plan.method.name == "streaming")
+    assert streaming.settings["start_size"] + streaming.settings["recent_size"] == streaming.total_tokens == 260
+    with pytest.raises(ValueError, match="30 recalled leave 0 for compressed_budget"):
+        ablation.plan_variants(["base"], 64, {"enable_recall": True, "recall_budget": 30})
+
+
 def test_every_feature_of_the_config_is_a_module():
     assert tuple(ablation.MODULES.values()) == FEATURES
     assert {name for name in ADMSConfig.setting_names() if name.startswith("enable_")} - set(FEATURES) == {
         "enable_pos_shift",
         "enable_dynamic_sink",
+        "enable_recall",
     }

@@ -231,7 +231,7 @@ def test_a_run_prints_the_table_and_writes_both_files_and_repeats_to_the_digit(r
     assert "128 tokens: perplexity" in printed
     first = json.loads((out / "results.json").read_text())
     found = first["results"]
-    assert list(found) == ["full", "streaming", "adms"]
+    assert list(found) == ["full", "streaming", "adms", "adms_recall"]
     assert found["full"]["kl"] == 0
     assert found["adms"]["kl"] > 0
     assert found["adms"]["held_tokens"] <= 52 + 16 < found["full"]["held_tokens"] == 300
@@ -253,6 +253,34 @@ def test_every_method_runs_and_is_printed_in_markdown(run, capsys):
     timing = json.loads((out / "results.json").read_text())["timing"]
     assert timing["adms"]["decode_compaction_share"] > 0
     assert timing["adms"]["compaction_share"] > 0
+
+
+def test_equal_bytes_give_the_others_as_many_as_recall_with_its_archive_has(run, capsys):
+    code, out = run("--equal_bytes", "--methods", "streaming", "adms_recall", "--decode_tokens", "0", command=EveryMethod)
+    assert code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    document = json.loads((out / "results.json").read_text())
+    settings = document["settings"]["methods"]
+    assert settings["adms_recall"]["recall_bits"] == 4
+    sinks_and_recent = 4 + settings["streaming"]["recent_size"]
+    assert sinks_and_recent > 52
+    assert f"streaming {sinks_and_recent}, adms_recall 52" in printed and "Equal bytes" in printed
+    found = document["results"]
+    assert found["adms_recall"]["archive_bytes"] > found["streaming"]["archive_bytes"] == 0
+    assert found["streaming"]["cache_bytes"] == pytest.approx(found["adms_recall"]["cache_bytes"], rel=0.15)
+
+
+def test_the_note_tells_what_the_queries_of_a_chunk_share(run, capsys):
+    def printed(*argv):
+        assert run("--methods", "adms_recall", "--recall_budget", "5", "--decode_tokens", "0", *argv)[0] == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    assert (
+        "5 of its tokens are recalled ones, where tokens come one by one; the queries of a chunk of 4 share 20"
+        in printed("--chunk_size", "4")
+    )
+    assert "the queries of a chunk of 4 share 9" in printed("--chunk_size", "4", "--recall_chunk_budget", "9")
+    assert "share" not in printed("--chunk_size", "1")
 
 
 def test_samples_can_be_streams_of_their_own(run, tmp_path):

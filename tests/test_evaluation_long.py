@@ -216,9 +216,10 @@ def test_the_long_stream_prints_its_tables_and_writes_its_files(run, capsys):
     assert "52 tokens a head" in printed
     assert printed.index("tokens: perplexity adms") < printed.index("tokens: perplexity full")  # full goes last
     found = json.loads((out / "results.json").read_text())
-    assert list(found["results"]) == ["restarted", "full", "streaming", "adms_low_rank", "adms"]
+    assert list(found["results"]) == ["restarted", "full", "streaming", "adms_low_rank", "adms", "adms_recall"]
+    assert found["results"]["adms_recall"]["archive_bytes_end"] > found["results"]["adms"]["archive_bytes_end"] == 0
     assert found["settings"]["trained_length"] == 4096
-    assert [found["results"][name]["tokens"] for name in found["results"]] == [1100, 400, 1100, 1100, 1100]
+    assert [found["results"][name]["tokens"] for name in found["results"]] == [1100, 400, 1100, 1100, 1100, 1100]
     adms = found["results"]["adms"]
     assert sum(part["nll"] for part in adms["eighths"]) == pytest.approx(adms["nll"])
     assert adms["eighths"][7]["perplexity"] == pytest.approx(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
+from conftest import stream, token_ids
 from test_families import make as make_family
 from transformers import DynamicCache
 
 from streaming_llm import ADMSConfig
 from streaming_llm.evaluation import METHODS, cache_factory, methods, plan_methods, resolve_settings
+from streaming_llm.evaluation.methods import plan_equal_bytes
 
 BOUNDED = [name for name in METHODS if name != "full"]
 PLUS_PLUS = ADMSConfig.adm_plus_plus()
@@ -19,9 +23,10 @@ def without_rope():
     return make_family("gpt2", vocab_size=256, n_embd=64)
 
 
-def held_after_compaction(settings) -> int:
+def attended_after_compaction(settings) -> int:
     config = ADMSConfig(**settings)
-    return config.expected_max_tokens - config.compression_interval
+    recalled = config.recall_budget if config.enable_recall else 0
+    return config.expected_max_tokens - config.compression_interval + recalled
 
 
 def test_the_documented_methods_can_be_named():
@@ -38,12 +43,15 @@ def test_the_documented_methods_can_be_named():
         {"start_size": 16, "compression_interval": 32},
         {"sketch_budget": 100, "replay_budget": 60},
         dict.fromkeys(methods.FEATURES, False),
+        {"recall_budget": 100},
+        {"enable_recall": True},
+        {"enable_recall": True, "recall_budget": 16, "compressed_budget": 60},
     ],
 )
-def test_every_method_but_full_holds_as_many_tokens(settings):
+def test_every_method_but_full_attends_to_as_many_tokens(settings):
     resolved = resolve_settings(settings)
     plans = plan_methods(list(METHODS), resolved)
-    total = held_after_compaction(resolved)
+    total = attended_after_compaction(resolved)
     assert [plan.method.name for plan in plans] == list(METHODS)
     for plan in plans:
         if plan.method.name == "full":
@@ -51,6 +59,8 @@ def test_every_method_but_full_holds_as_many_tokens(settings):
             continue
         tiers = ("compressed_budget", "sketch_budget", "replay_budget")
         middle = sum(plan.settings.get(tier, 0) for tier in tiers)
+        if plan.settings.get("enable_recall"):
+            middle += plan.settings["recall_budget"]
         assert plan.settings.get("start_size", 4) + plan.settings["recent_size"] + middle == total == plan.total_tokens
     streaming = next(plan for plan in plans if plan.method.name == "streaming")
     assert streaming.settings["recent_size"] == total - settings.get("start_size", 4)
@@ -64,7 +74,8 @@ def test_the_caches_themselves_promise_the_same_bound(tiny_llama):
         if plan.method.name == "full":
             assert type(made) is DynamicCache
         else:
-            bounds[plan.method.name] = made.config.expected_max_tokens
+            recalled = made.config.recall_budget if made.config.enable_recall else 0
+            bounds[plan.method.name] = made.config.expected_max_tokens + recalled
     assert bounds == {name: 4 + 24 + 40 + 32 + 16 + 16 for name in BOUNDED}
 
 
@@ -76,9 +87,32 @@ def test_the_default_comparison_is_adm_plus_plus_at_516_tokens_with_the_library_
     assert ADMSConfig(**settings) == ADMSConfig.adm_plus_plus(recent_size=256, compressed_budget=256 - 32 - 16)
 
 
+def test_recall_takes_its_tokens_from_the_compressed_budget_and_leaves_all_else_as_it_is():
+    adms, recall = plan_methods(["adms", "adms_recall"], resolve_settings({}))
+    changed = {"enable_recall": True, "recall_budget": 64, "compressed_budget": 208 - 64}
+    assert recall.settings == adms.settings | changed
+    assert recall.total_tokens == adms.total_tokens == 516
+
+
+@pytest.mark.parametrize(("budget", "recalled"), [(208, 64), (100, 50), (9, 4), (6, 2), (4, 0), (0, 0)])
+def test_of_a_small_budget_recall_takes_half_and_leaves_what_is_kept_by_importance(budget, recalled):
+    (plan,) = plan_methods(["adms_recall"], resolve_settings({"compressed_budget": budget}))
+    assert (plan.settings["recall_budget"], plan.settings["compressed_budget"]) == (recalled, budget - recalled)
+
+
+def test_more_recalled_tokens_than_there_is_budget_are_refused():
+    with pytest.raises(ValueError, match="recall_budget=70 must not exceed compressed_budget=60"):
+        plan_methods(["adms_recall"], resolve_settings({"recall_budget": 70, "compressed_budget": 60}))
+    with pytest.raises(ValueError, match="sketch_budget, replay_budget and recall_budget together are 268 tokens"):
+        resolve_settings({"enable_recall": True, "recall_budget": 220})
+
+
 @pytest.mark.parametrize("name", ["adms_low_rank", "adms_vq", "adms_attention_matching"])
 def test_the_presets_of_a_compressor_are_base_adms_with_the_whole_middle(name):
     (plan,) = plan_methods([name], resolve_settings({"controller_gain": 0.2}))
+    (beside_recall,) = plan_methods([name], resolve_settings({"controller_gain": 0.2, "enable_recall": True}))
+    assert not ADMSConfig(**beside_recall.settings).enable_recall
+    assert beside_recall.settings["compressed_budget"] == plan.settings["compressed_budget"]
     compressor = name.removeprefix("adms_")
     config = ADMSConfig(**plan.settings)
     assert [feature for feature in methods.FEATURES if getattr(config, feature)] == []
@@ -170,3 +204,54 @@ def test_without_rope_calibration_that_was_asked_for_is_refused_by_name(without_
         cache_factory(without_rope, plan)()
     (base,) = plan_methods(["adms_low_rank"], resolve(asked))
     assert not cache_factory(without_rope, base)().config.enable_position_calibration
+
+
+SMALL = {"recent_size": 24, "compressed_budget": 40, "rank": 4, "compression_interval": 16, "sketch_originals": 16}
+
+
+@pytest.mark.parametrize("settings", [{}, {"recall_bits": 8}, {"recall_tokens": 200}], ids=str)
+def test_equal_bytes_are_the_most_tokens_that_fit_into_what_recall_takes(tiny_llama, settings):
+    resolved = resolve_settings(SMALL | settings)
+    plans = plan_equal_bytes(list(METHODS), resolved, tiny_llama.config, "float32", 600)
+    recall = next(plan for plan in plans if plan.method.name == "adms_recall")
+    assert recall.config.recall_bits == settings.get("recall_bits", 4)
+    assert recall.config.recall_tokens == settings.get("recall_tokens", 600 - 4 - 24)
+    (equal_tokens,) = plan_methods(["adms_recall"], resolved)
+    assert recall.total_tokens == equal_tokens.total_tokens
+    size = recall.config.memory_bytes(tiny_llama.config, "float32")
+    for plan in plans:
+        if plan.method.name == "full":
+            assert plan.settings == {}
+            continue
+        config = plan.config
+        assert config.memory_bytes(tiny_llama.config, "float32") <= size
+        if plan is recall:
+            continue
+        larger = dataclasses.replace(config, recent_size=config.recent_size + 1)
+        assert larger.memory_bytes(tiny_llama.config, "float32") > size
+        if plan.method.name in ("streaming", "adms_low_rank"):
+            assert plan.total_tokens > recall.total_tokens
+        assert cache_factory(tiny_llama, plan)().config.expected_max_tokens == plan.total_tokens + 16
+
+
+def test_equal_bytes_hold_for_the_caches_at_the_end_of_the_stream(tiny_llama):
+    plans = plan_equal_bytes(
+        ["streaming", "adms_low_rank", "adms_recall"], resolve_settings(SMALL), tiny_llama.config, "float32", 600
+    )
+    size = plans[-1].config.memory_bytes(tiny_llama.config, "float32")
+    for plan in plans:
+        cache = cache_factory(tiny_llama, plan)()
+        stream(tiny_llama, token_ids(600), cache, 16)
+        assert 0.85 * size < cache.nbytes <= size, plan.method.name
+
+
+def test_at_equal_bytes_adms_told_to_recall_is_as_large_as_the_method_that_does(tiny_llama):
+    resolved = resolve_settings(SMALL | {"enable_recall": True, "recall_budget": 16})
+    adms, recall = plan_equal_bytes(["adms", "adms_recall"], resolved, tiny_llama.config, "float32", 600)
+    assert adms.settings == recall.settings and adms.settings["recall_bits"] == 4
+
+
+def test_equal_bytes_that_are_too_few_for_a_method_are_refused(tiny_llama):
+    tiny = resolve_settings(SMALL | {"recent_size": 1, "compressed_budget": 0})
+    with pytest.raises(ValueError, match="is too little for this model and these settings"):
+        plan_equal_bytes(["adms_attention_matching"], tiny | {"attention_window": 4096}, tiny_llama.config, "float32", 100)

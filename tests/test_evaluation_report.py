@@ -44,13 +44,13 @@ def results():
 
 def test_the_terminal_tables_hold_every_figure_in_80_columns(results):
     rich = pytest.importorskip("rich.console")
-    results["adms_attention_matching"] = result("adms_attention_matching")
+    results["adms_attention_matching"] = result("adms_attention_matching", archive_bytes=2**20)
     console = rich.Console(width=80, record=True, file=open(os.devnull, "w"))
     report.print_tables(results, "A title", "A caption", console)
     lines = console.export_text().splitlines()
     found = [line.split() for line in lines if line.startswith("adms_attention_matching ")]
-    assert found[0][1:] == ["20.09", "0.0432", "62.5%", "96", "3.0", "MiB"]
-    assert found[1][1:] == ["1,580", "5.3%", "12.5", "1.23%"]
+    assert found[0][1:] == ["20.09", "0.0432", "62.5%", "2.0", "MiB", "1.0", "MiB"]
+    assert found[1][1:] == ["1,580", "96", "5.3%", "12.5", "1.23%"]
     assert next(line.split() for line in lines if line.startswith("alone"))[1:4] == ["20.09", "-", "-"]
     assert lines[1].startswith("A title")
     assert any(line.startswith("A caption") for line in lines)
@@ -60,7 +60,15 @@ def test_the_markdown_table_has_one_row_a_method(results):
     lines = report.markdown_table(results).splitlines()
     assert len(lines) == 2 + 3
     assert len({line.count("|") for line in lines}) == 1
-    assert lines[2].startswith("| full | 20.09 | 0.0000 | 100.0% | 96 | 3.0 MiB | 1,580 | - | - | - |")
+    assert lines[2].startswith("| full | 20.09 | 0.0000 | 100.0% | 3.0 MiB | - | 1,580 | 96 | - | - | - |")
+
+
+def test_the_archive_is_counted_apart_from_what_is_attended(results):
+    results["recall"] = result("recall", archive_bytes=2**20)
+    line = report.markdown_table(results).splitlines()[-1]
+    assert line.startswith("| recall | 20.09 | 0.0432 | 62.5% | 2.0 MiB | 1.0 MiB | 1,580 |")
+    entry = report.results_document(results, {}, "cpu")["results"]["recall"]
+    assert (entry["cache_bytes"], entry["archive_bytes"]) == (3 * 2**20, 2**20)
 
 
 def test_all_that_changes_from_run_to_run_is_under_timing(results):

@@ -186,6 +186,18 @@ def test_what_a_cache_says_of_itself_is_reported():
     assert result.timing.decode_compaction_share == 0  # the counter did not move while decoding
 
 
+def test_the_archive_of_a_recalling_cache_is_told_apart(tiny_llama):
+    sizes = {"recent_size": 16, "compressed_budget": 16, "compression_interval": 8, "rank": 4, "recall_bits": 4}
+    tokens = torch.randint(0, 128, (200,), generator=torch.Generator().manual_seed(4))
+    methods = {plan.method.name: cache_factory(tiny_llama, plan) for plan in plan_methods(["adms", "adms_recall"], sizes)}
+    results = evaluate_streams(tiny_llama, [tokens], methods, chunk_size=8)
+    assert results["adms"].archive_bytes == 0
+    found = results["adms_recall"]
+    assert found.archive_bytes == found.memory["archive"] + found.memory["index"] > 0
+    # Eight tokens fewer in the middle.
+    assert 0 < results["adms"].cache_bytes - (found.cache_bytes - found.archive_bytes) < 0.2 * results["adms"].cache_bytes
+
+
 def test_the_compaction_share_counts_from_the_first_compaction_on():
     from streaming_llm.evaluation.streaming import Chunk, _Tally
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import flags, report, streaming
-from .methods import METHODS, Plan
+from .methods import METHODS, RECALL, Plan, check_plans, plan_equal_bytes, resolve_settings
 from .run import ModelRun
 from .texts import check_joined
 
@@ -26,8 +26,12 @@ class ComparisonArguments(flags.Output, flags.Text, flags.TextName, flags.Model)
     )
     min_seq_len: int = flags.count("leave out samples of fewer tokens (%(default)s)", 1)
     sep: str = flags.argument("text between joined samples; \\n and \\t are understood (%(default)s)", "\\n\\n")
-    methods: list[str] = flags.methods(("full", "streaming", "adms"))
+    methods: list[str] = flags.methods(("full", "streaming", "adms", RECALL))
     score_from: int | None = flags.count("first scored token of each stream, from 0 (2048, or a third of a shorter stream)")
+    equal_bytes: flags.Switch = flags.switch(
+        f"give every method as many bytes, instead of as many tokens, as {RECALL} takes with an archive of the whole stream "
+        "(recall_bits 4 unless given)"
+    )
     decode_tokens: int = flags.count(
         "tokens decoded one by one after the stream, for their timing only; 0: none (%(default)s)", 128
     )
@@ -66,6 +70,11 @@ class Comparison(ModelRun):
         text = self.read = self.text(given.dataset_name, sep=sep)
         streams = "1 stream" if len(text.streams) == 1 else f"{len(text.streams)} streams"
         self.console.print(f"{self.model_name}, {text.name}: {text.total_tokens:,} tokens in {streams}")
+        if given.equal_bytes:
+            longest = max(stream.numel() for stream in text.streams)
+            names, settings = [plan.method.name for plan in self.plans], resolve_settings(self.settings, *self.sizes)
+            self.plans = plan_equal_bytes(names, settings, self.model.config, self.model.dtype, longest)
+            check_plans(self.plans)
         self.title = f"{self.model_name} on {text.name}, {text.total_tokens:,} tokens in chunks of {given.chunk_size}"
         self.found = self.evaluate(text, self.plans, decode_tokens=given.decode_tokens)
         yield
@@ -88,7 +97,7 @@ class Comparison(ModelRun):
 
     def table(self) -> None:
         """Print both tables, and as one in Markdown."""
-        report.print_tables(self.found, self.title, _caption(self.plans), self.console)
+        report.print_tables(self.found, self.title, _caption(self.plans, self.arguments), self.console)
         if self.markdown:
             print(report.markdown_table(self.found))
 
@@ -101,15 +110,30 @@ class EveryMethod(Comparison):
     markdown = True
 
 
-def _caption(plans: Sequence[Plan]) -> str:
+def _caption(plans: Sequence[Plan], given: ComparisonArguments) -> str:
     bounded = [plan for plan in plans if plan.total_tokens is not None]
     if not bounded:
         return "KL in nats a token."
     totals = {plan.total_tokens for plan in bounded}
-    equal = f"every method but full keeps {bounded[0].total_tokens:,} tokens a head when it compacts"
-    if len(totals) > 1:
-        equal = "tokens a head: " + ", ".join(f"{plan.method.name} {plan.total_tokens:,}" for plan in bounded)
-    return (
-        f"Equal tokens: {equal}, every {bounded[0].interval} tokens. KL in nats a token. 'cache' is the most bytes "
-        "held, all state included."
-    )
+    every = f"every {bounded[0].interval} tokens"
+    if given.equal_bytes:
+        each = ", ".join(f"{plan.method.name} {plan.total_tokens:,}" for plan in bounded)
+        equal = f"Equal bytes, the archive's included; tokens a head after a compaction, {every}: {each}."
+    elif len(totals) == 1:
+        equal = (
+            f"Equal tokens: every method but full keeps {bounded[0].total_tokens:,} tokens a head when it compacts, {every}."
+        )
+    else:
+        equal = "Equal tokens: tokens a head: " + ", ".join(f"{plan.method.name} {plan.total_tokens:,}" for plan in bounded)
+        equal += f", {every}."
+    text = f"{equal} KL in nats a token. 'cache' is the most bytes held, all state included"
+    recalling = [plan.config for plan in bounded if plan.config.enable_recall]
+    if not recalling:
+        return f"{text}."
+    config = recalling[0]
+    text += " but recall's archive and its index, which are 'archive'"
+    text += f"; {config.recall_budget} of its tokens are recalled ones"
+    count = min(given.chunk_size * config.recall_budget, max(config.recall_budget, config.recall_chunk_budget))
+    if given.chunk_size > 1:
+        text += f", where tokens come one by one; the queries of a chunk of {given.chunk_size} share {count}"
+    return f"{text}."

@@ -22,7 +22,7 @@ from .run import ModelRun
 
 # The full cache, begun anew at each eighth: how hard the text is there.
 RESTARTED = "restarted"
-DEFAULT_METHODS = ("full", "streaming", "adms_low_rank", "adms")
+DEFAULT_METHODS = ("full", "streaming", "adms_low_rank", "adms", "adms_recall")
 # 1,028 tokens a head: 4 sinks, and half each for the recent window and what stands for the rest.
 RECENT = MIDDLE = 512
 
@@ -78,6 +78,7 @@ COSTS: dict[str, Callable[[LongResult], str]] = {
     "most tokens held": lambda result: f"{result.held_tokens:,}",
     "cache, early": lambda result: report.cell(result.cache_bytes_start, format_bytes),
     "cache, end": lambda result: report.cell(result.cache_bytes_end, format_bytes),
+    "archive in it": lambda result: report.cell(result.archive_bytes_end or None, format_bytes),
     "resident, early": lambda result: report.cell(result.timing.resident_start, format_bytes),
     "resident, end": lambda result: report.cell(result.timing.resident_end, format_bytes),
     "resident, growth": lambda result: report.cell(result.timing.resident_growth, "{:+.2%}"),
@@ -202,7 +203,8 @@ class LongStream(ModelRun):
         restarted = "; 'restarted': the full cache, begun anew at each eighth" if self.arguments.restarted else ""
         parts = f"*: of the part that was read. 'worst': the highest of the eighths; 'streaming': StreamingLLM{restarted}."
         costs = (
-            f"'early': after {early:,} tokens. 'resident': the process with the model, what is freed handed back. "
+            f"'early': after {early:,} tokens. 'archive in it': recall's, of the cache at the end. "
+            "'resident': the process with the model, what is freed handed back. "
             "ms/token: median of a tenth's forward passes, compaction included."
         )
         report.print_columns(PERPLEXITIES.items(), columns, self.title, parts, self.console)

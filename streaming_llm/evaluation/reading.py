@@ -64,7 +64,8 @@ class LongResult:
 
     `eighths` are those of the whole stream, `bins` of `BIN` tokens. `worst_over_first`: the highest perplexity of an eighth
     over the first's; `last_over_baseline`: the last eighth's over StreamingLLM's; None where an eighth was not read.
-    `cache_bytes_start`: after `memory_from` tokens.
+    `cache_bytes_start`: after `memory_from` tokens. `archive_bytes_end`: what of `cache_bytes_end` is recall's archive and
+    its index, which grow until they hold `recall_tokens`.
     """
 
     method: str
@@ -79,6 +80,7 @@ class LongResult:
     memory_from: int
     cache_bytes_start: int
     cache_bytes_end: int
+    archive_bytes_end: int
     timing: LongTiming
 
 
@@ -168,6 +170,7 @@ def stream_method(
         memory_from=min(memory_from, tokens),
         cache_bytes_start=start_bytes,
         cache_bytes_end=streaming.cache_bytes(cache),
+        archive_bytes_end=streaming.archive_bytes(cache),
         timing=timing,
     )
 

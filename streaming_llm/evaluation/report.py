@@ -41,12 +41,13 @@ COLUMNS: dict[str, Callable[[MethodResult], str]] = {
     "perplexity": lambda result: f"{result.perplexity:.2f}",
     "KL to full": lambda result: cell(result.kl, "{:.4f}"),
     "gap recovered": lambda result: cell(result.gap_recovered, "{:.1%}"),
-    "tokens/s": lambda result: f"{result.timing.tokens_per_second:.0f}",
-    "cache": lambda result: format_bytes(result.cache_bytes),
+    "cache": lambda result: format_bytes(result.cache_bytes - result.archive_bytes),
+    "archive": lambda result: cell(result.archive_bytes or None, format_bytes),
 }
 TIME_COLUMNS: dict[str, Callable[[MethodResult], str]] = {
     "method": lambda result: result.method,
     "tokens held": lambda result: f"{result.held_tokens:,}",
+    "tokens/s": lambda result: f"{result.timing.tokens_per_second:.0f}",
     "compaction": lambda result: cell(result.timing.compaction_share, "{:.1%}"),
     "decode tokens/s": lambda result: cell(result.timing.decode_tokens_per_second, "{:.1f}"),
     "decode compaction": lambda result: cell(result.timing.decode_compaction_share, "{:.2%}"),
@@ -57,7 +58,7 @@ def print_tables(results: Mapping[str, MethodResult], title: str, caption: str, 
     """Print the comparison, and below it what compaction costs, to the terminal (needs `rich`)."""
     # Two tables: together they would not fit a terminal of 80 columns.
     print_columns(results.values(), COLUMNS, title, caption, console)
-    print_columns(results.values(), TIME_COLUMNS, "What compaction costs", TIME_CAPTION, console)
+    print_columns(results.values(), TIME_COLUMNS, "Speed, and what compaction costs", TIME_CAPTION, console)
 
 
 def print_columns(rows: Iterable[Any], columns: Columns, title: str, caption: str, console=None) -> None:

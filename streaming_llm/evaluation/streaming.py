@@ -21,6 +21,8 @@ from .errors import EvaluationError, check_least
 
 REFERENCE = "full"
 BASELINE = "streaming"
+# What of a cache's `memory_report` is recall's, beside what is attended.
+ARCHIVE_USES = ("archive", "index")
 # Rows of logits turned into float32 probabilities at once: with 50,000 words that is some 25 MB a tensor.
 ROWS = 128
 CURVE_STEP = 64
@@ -70,7 +72,10 @@ class Timing:
 
 @dataclass
 class MethodResult:
-    """What one method did on all streams; `kl` (nats a token), `gap_recovered`: None with nothing to compare to."""
+    """What one method did on all streams; `kl` (nats a token), `gap_recovered`: None with nothing to compare to.
+
+    `archive_bytes`: what of `cache_bytes` is recall's archive and its index, which attention does not see as a whole.
+    """
 
     method: str
     scored_tokens: int
@@ -84,6 +89,7 @@ class MethodResult:
     stats: dict[str, Any]
     curve: Curve
     timing: Timing
+    archive_bytes: int = 0
 
 
 def default_score_from(tokens: int) -> int:
@@ -231,6 +237,7 @@ class _Tally:
         self.compared = 0
         self.held_tokens = 0
         self.cache_bytes = 0
+        self.archive_bytes = 0
         self.memory: dict[str, int] = {}
         self.stats: dict[str, Any] = {}
         self.curve = Curve()
@@ -271,7 +278,9 @@ class _Tally:
 
     def sample(self, cache, tokens: int, force: bool) -> None:
         held, size = held_tokens(cache), cache_bytes(cache)
-        self.held_tokens, self.cache_bytes = max(self.held_tokens, held), max(self.cache_bytes, size)
+        self.held_tokens = max(self.held_tokens, held)
+        if size > self.cache_bytes:
+            self.cache_bytes, self.archive_bytes = size, archive_bytes(cache)
         if force or not self.curve.tokens or tokens - self.curve.tokens[-1] >= CURVE_STEP:
             self.curve.tokens.append(tokens)
             self.curve.perplexity.append(self.perplexity if self.scored else None)
@@ -312,6 +321,12 @@ def cache_bytes(cache) -> int:
     return sum(tensor.numel() * tensor.element_size() for pair in _keys_and_values(cache) for tensor in pair)
 
 
+def archive_bytes(cache) -> int:
+    """Bytes of what a cache archived for recall, and of what it is found by; 0 for a cache without."""
+    report = cache.memory_report() if hasattr(cache, "memory_report") else {}
+    return int(sum(report.get(use, 0) for use in ARCHIVE_USES))
+
+
 def held_tokens(cache) -> int:
     """The most tokens any KV head of a cache holds."""
     if hasattr(cache, "held_tokens"):
@@ -349,6 +364,7 @@ def _results(methods, tallies: dict[str, _Tally], tokens: int) -> dict[str, Meth
             stats=tally.stats,
             curve=tally.curve,
             timing=tally.timing,
+            archive_bytes=tally.archive_bytes,
         )
     return results
 

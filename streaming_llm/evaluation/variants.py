@@ -65,6 +65,8 @@ def plan_variants(names: Sequence[str], budget: int, settings: Mapping[str, Any]
     recommended = ADMSConfig.adm_plus_plus(**{name: value for name, value in given.items() if name in owned})
     middle = (budget - sinks) // 2
     recent = budget - sinks - middle
+    recalled = config.recall_budget * config.enable_recall
+    also = f" and {recalled} recalled" if recalled else ""
     defaulted = frozenset(FEATURES if set(names) >= set(VARIANTS) else ())
     plans = []
     for name in VARIANTS:
@@ -78,12 +80,12 @@ def plan_variants(names: Sequence[str], budget: int, settings: Mapping[str, Any]
                 own[setting] = getattr(recommended, setting)
                 if setting in ("sketch_budget", "replay_budget") and setting not in given:
                     own[setting] = max(1, round(own[setting] * max(0, middle) / MIDDLE_OF_DEFAULTS))
-        compressed = middle - own["sketch_budget"] - own["replay_budget"]
+        compressed = middle - own["sketch_budget"] - own["replay_budget"] - recalled
         if compressed < least:
             raise ValueError(
                 f"budget={budget} is too small for variant {name!r}: {sinks} sinks, {max(0, recent)} recent, "
-                f"{own['sketch_budget']} sketch and {own['replay_budget']} replay tokens leave {max(0, compressed)} for "
-                f"compressed_budget, which must be at least {least}"
+                f"{own['sketch_budget']} sketch and {own['replay_budget']} replay tokens{also} leave {max(0, compressed)} "
+                f"for compressed_budget, which must be at least {least}"
             )
         own["compressed_budget"] = compressed
         plans.append(Plan(Method(name, "adms", ""), own, budget, ADMSConfig(**own).compression_interval, defaulted))
