@@ -8,9 +8,10 @@ from conftest import make_tiny_llama, random_queries, random_states, stream, tok
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from streaming_llm import ADMSConfig, ADMSLayer, NonFiniteError, disable_adms_llm, enable_adms_llm
+from streaming_llm import ADMSConfig, NonFiniteError, disable_adms_llm, enable_adms_llm
 from streaming_llm.evaluation.lone_layer import LoneLayer
 from streaming_llm.model import attention
+from streaming_llm.stream.passes import StackPass
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 SMALL = {"start_size": 2, "recent_size": 16, "compressed_budget": 12, "compression_interval": 8, "rank": 8}
@@ -182,7 +183,7 @@ def test_a_later_token_does_not_change_an_earlier_logit(implementation, chunk):
 def test_log_mass_is_really_used(monkeypatch):
     model, ids = model_with("sdpa"), token_ids(120)
     seen = stream(model, ids, enable_adms_llm(model, **SMALL), 1)
-    monkeypatch.setattr(ADMSLayer, "plain", property(lambda layer: True))
+    monkeypatch.setattr(StackPass, "plain", property(lambda part: True))
     unseen = stream(model, ids, enable_adms_llm(model, **SMALL), 1)
     monkeypatch.undo()
     assert not torch.allclose(seen, unseen, atol=1e-3)

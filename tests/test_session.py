@@ -43,7 +43,7 @@ STREAMING = {**SMALL, "compressed_budget": 0, "min_importance_tokens": 0}
 llama = functools.cache(make_tiny_llama)
 deep = functools.cache(deep_llama)
 # What a stream and a cache hold that is not saved.
-STREAM_TRANSIENT = ("config", "wired", "ranks", "layers_at_once", "upkeep", "clock", "ropes", "open", "committed")
+STREAM_TRANSIENT = ("read", "config", "wired", "ranks", "layers_at_once", "upkeep", "clock", "ropes", "open", "committed")
 CACHE_TRANSIENT = ("_config", "used_model", "ropes", "keys_as", "outer_mask", "_told_rewound", "_told_unwired")
 gemma2 = functools.cache(functools.partial(make, "gemma2"))
 
