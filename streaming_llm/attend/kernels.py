@@ -89,7 +89,7 @@ def attend_weighted(
         recalled = part.recall(layer, query, scale)
         key, value = recalled.beside(key, value)
         bias = recalled.bias(bias)
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return masked(query, key, value, bias)
     with torch.autocast(kind, enabled=False):
         return masked(query.to(dtype), key.to(dtype), value.to(dtype), bias)

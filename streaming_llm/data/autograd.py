@@ -59,5 +59,5 @@ def unrecorded() -> _Unrecorded:
 
 def autocast_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     """The dtype a matrix product of `dtype` is computed in: autocast's where that is on there; it leaves float64 alone."""
-    cast = dtype != torch.float64 and torch.is_autocast_enabled(device_type)
+    cast = dtype != torch.float64 and device_type != "meta" and torch.is_autocast_enabled(device_type)
     return torch.get_autocast_dtype(device_type) if cast else dtype

@@ -24,13 +24,12 @@ from ..config import ADMSConfig
 from ..data.rope import Rope
 from ..data.tokens import WeightedTokens
 from .codec import Codec
+from .codes import coded, fit
 from .shelves import OutOfRoom, Shelves
 
 _TINY = 1e-12
 # Most slots there are before the archive first grows.
 _FIRST_SLOTS = 1024
-# Of an archive's keys every so many are looked at for a basis: this many at most.
-_FITTED_KEYS = 2048
 
 # Links of each slot, and what they are where it is free.
 _PER_TOKEN = {"share": 0, "representative": -1, "open": False}
@@ -229,8 +228,11 @@ class Archive:
 
     # -- another archive -------------------------------------------------------------------------------------------------
 
-    def with_room(self, archived: Sequence[int], new: int) -> Archive:
+    def with_room(self, archived: Sequence[int], new: int, rope: Rope | None = None) -> Archive:
         """The archive with free slots for `new` more tokens of each row, of which `archived` came so far.
+
+        Where it grows its basis is made anew, from all that it holds: other topics and languages have other directions.
+        `rope`: how keys turn with position.
 
         Where the store can't grow, it stays as it is: the oldest make room then, and a line in the log says so.
         """
@@ -262,7 +264,29 @@ class Archive:
         }
         if self.start or self.rows != self.shelves.rows:
             shelves = shelves.select(torch.arange(self.start, self.start + self.rows), None)
-        return Archive(self.config, shelves, dataclasses.replace(self.links, **grown))
+        archive = Archive(self.config, shelves, dataclasses.replace(self.links, **grown))
+        archive._refit(archived, rope)
+        return archive
+
+    def _refit(self, archived: Sequence[int], rope: Rope | None) -> None:
+        """Fit the basis and make all codes anew, in place: these shelves are no other snapshot's yet."""
+        shelves, links = self.shelves, self.links
+        fitted = [getattr(links, name).clone() for name in ("basis", "mean", "step")]
+        # Row by row: unrotated keys of all of them at once would be as large as the archive.
+        for row in range(self.rows):
+            number = row % len(archived)
+            used = min(archived[number], self.slots)
+            if not used:
+                continue
+            slots = torch.arange(used, device=shelves.device).expand(1, links.share.shape[1], -1)
+            keys = shelves.read(row, slots)[0].float()
+            if rope is not None and rope.rotates:
+                keys = rope.move(keys, shelves.rotated[number, :used], 0)
+            basis, mean, step = fit(keys, self.config.recall_rank, shelves.floating)
+            shelves.codes[row, :, :used] = coded(keys, basis, mean, step, shelves.floating)[0].to(shelves.codes.dtype)
+            for own, new in zip(fitted, (basis, mean, step), strict=True):
+                own[row] = new[0]
+        self.links = dataclasses.replace(links, **dict(zip(("basis", "mean", "step"), fitted, strict=True)))
 
     def compacted(
         self,
@@ -326,8 +350,8 @@ class Archive:
         shelf = slice(self.start, self.start + self.rows) if index is None else index + self.start
         if archived == 0:
             every = held.keys.float() if rope is None or not rope.rotates else rope.move(held.keys.float(), held.pos, 0)
-            basis, mean, step = _fitted(every, self.config.recall_rank, self.shelves.floating)
-        codes = _coded(unrotated, basis, mean, step, self.shelves.floating)
+            basis, mean, step = fit(every, self.config.recall_rank, self.shelves.floating)
+        codes = coded(unrotated, basis, mean, step, self.shelves.floating)
         self.shelves.write(shelf, batch, index_at, tokens, codes, moved)
         if middle.length and total:
             # What returned to the middle by another way than through its representative: promoted, or replayed.
@@ -368,22 +392,3 @@ def _put(own: torch.Tensor, at: torch.Tensor, picked: torch.Tensor, new: torch.T
     at = torch.where(picked, at, own.shape[2])
     new = new if isinstance(new, torch.Tensor) else torch.full_like(at, new, dtype=own.dtype)
     return wide.scatter(2, at, new.to(own.dtype))[:, :, :-1]
-
-
-def _fitted(keys: torch.Tensor, rank: int, floating: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean and principal directions of unrotated keys `[rows, kv_heads, n, head_dim]`, and the step of their codes."""
-    keys = keys[:, :, :: -(-keys.shape[2] // _FITTED_KEYS)]
-    mean = keys.mean(2, keepdim=True)
-    centred = keys - mean
-    _, vectors = torch.linalg.eigh(centred.transpose(-1, -2) @ centred)
-    basis = vectors[..., -rank:].flip(-1)
-    step = torch.ones_like(basis[:, :, :1])
-    if not floating:
-        step = (centred @ basis).square().mean(2, keepdim=True).sqrt().clamp_min(_TINY) * (4 / 127)
-    return basis, mean, step
-
-
-def _coded(keys: torch.Tensor, basis: torch.Tensor, mean: torch.Tensor, step: torch.Tensor, floating: bool) -> torch.Tensor:
-    """Codes of unrotated keys, `[rows, kv_heads, n, rank]`."""
-    codes = (keys - mean) @ basis
-    return codes if floating else (codes / step).round().clamp(-127, 127)

@@ -301,7 +301,7 @@ class Stack:
         """The stack whose archive has room for `new` more tokens of each row."""
         if self.archive is None:
             return self
-        return dataclasses.replace(self, archive=self.archive.with_room([row.archived for row in self.rows], new))
+        return dataclasses.replace(self, archive=self.archive.with_room([row.archived for row in self.rows], new, self.rope))
 
     @classmethod
     def join(cls, stacks: Sequence[Stack]) -> Stack:
