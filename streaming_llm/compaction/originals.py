@@ -18,7 +18,7 @@ from ..data.tokens import CHANGED, SKETCH, UNUSED, WeightedTokens, as_held
 
 _TINY = 1e-12
 # Below this share of what it was a remainder's value is not found by subtraction, which would magnify every inaccuracy.
-_LEAST_REST = 0.5
+LEAST_REST = 0.5
 # What a score counts for when originals are ranked, where the stand-in is no sketch and only replay can bring them back.
 _FOR_REPLAY_ONLY = 1e-6
 
@@ -201,7 +201,7 @@ def take_off(
         own = gather_tokens(originals.values, index).float() * share.gather(2, index)[..., None]
         at = parent.gather(2, index)[..., None].expand(own.shape)
         remainder = tokens.values.float().scatter_add(2, at, -own) / rest[..., None]
-        changed = touched & (tokens.tier != SKETCH) & (rest >= _LEAST_REST)
+        changed = touched & (tokens.tier != SKETCH) & (rest >= LEAST_REST)
         values = torch.where(changed[..., None], as_held(remainder, values.dtype), values)
     beta = tokens.beta
     if log_mass:

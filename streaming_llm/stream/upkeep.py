@@ -218,7 +218,7 @@ class Upkeep:
         """Tokens of a row that have left the recent window since the last compaction."""
         fixed = stack.config.dynamic_start_size + stack.config.recent_size
         leaving = row.length - fixed - (row.width if row.compactions else 0)
-        return min(max(0, leaving), stack.config.recall_tokens)
+        return min(max(0, leaving), stack.archive_cap)
 
     def _archived(self, stack: Stack, which: Sequence[int], held: WeightedTokens, result: Compacted, leaving: int) -> Links:
         """What the archive knows of equal rows now; what left their recent window is on its shelves."""
@@ -227,8 +227,7 @@ class Upkeep:
         return stack.archive.compacted(
             stack.index(which),
             which,
-            row.archived,
-            row.moved,
+            row,
             held,
             slice(last - leaving, last),
             result.tokens.slice(first, result.tokens.length - stack.config.recent_size),
@@ -267,7 +266,7 @@ class Upkeep:
         part = stack.part(which)
         held, queries = part.tokens, stack.stored_queries(which)
         slots = torch.arange(held.length, device=stack.device, dtype=torch.float32)
-        moved = dataclasses.replace(held, **_at(stack, held, torch.maximum(held.pos - shift, slots), turns))
+        moved = dataclasses.replace(held, **at_positions(stack, held, torch.maximum(held.pos - shift, slots), turns))
         if turns and part.queries is not None:
             part = part._replace(queries=stack.rope.shift(part.queries, -shift))
         if turns and part.row.compactions and queries is not None:
@@ -278,7 +277,7 @@ class Upkeep:
             )
             moved = lightened(moved, lambda beta: beta - less)
         part = part._replace(row=part.row._replace(moved=part.row.moved + shift))
-        return part._replace(tokens=moved, memory=_moved_memory(stack, part.memory, shift, turns))
+        return part._replace(tokens=moved, memory=moved_memory(stack, part.memory, shift, turns))
 
 
 def _own_statistics(tokens: WeightedTokens) -> WeightedTokens:
@@ -299,7 +298,9 @@ def _write_statistics(stack: Stack, which: Sequence[int], held: WeightedTokens) 
             own[index] = own[index].scatter(2, at, new)
 
 
-def _at(stack: Stack, tokens: WeightedTokens | Originals, pos: torch.Tensor, turns: bool) -> dict[str, torch.Tensor]:
+def at_positions(
+    stack: Stack, tokens: WeightedTokens | Originals, pos: torch.Tensor, turns: bool
+) -> dict[str, torch.Tensor]:
     """Keys and positions of the tokens at `pos`; from where they were exact, if that is kept."""
     if not turns:
         return {"pos": pos}
@@ -307,12 +308,12 @@ def _at(stack: Stack, tokens: WeightedTokens | Originals, pos: torch.Tensor, tur
     return {"keys": torch.where((pos == at)[..., None], keys, stack.rope.move(keys, at, pos)), "pos": pos}
 
 
-def _moved_memory(stack: Stack, memory: Memory, shift: int, turns: bool) -> Memory:
+def moved_memory(stack: Stack, memory: Memory, shift: int, turns: bool) -> Memory:
     """What the modules remember of positions, moved `shift` back."""
     changed = {}
     if memory.originals is not None:
         pos = (memory.originals.pos - shift).clamp_min(float(stack.config.dynamic_start_size))
-        changed["originals"] = dataclasses.replace(memory.originals, **_at(stack, memory.originals, pos, turns))
+        changed["originals"] = dataclasses.replace(memory.originals, **at_positions(stack, memory.originals, pos, turns))
     if memory.calibration is not None:
         state = memory.calibration
         moved = {name: getattr(state, name) - shift * state.valid for name in ("synthetic", "true")}
