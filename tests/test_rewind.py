@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
 from conftest import make_tiny_llama, padded_passes, stream, token_ids
 from test_archive import EVERYTHING, KINDS, PLUS, SIZES, full
+from test_chat import arguments, chat_folder, program, run_script, talk  # noqa: F401
 
 from streaming_llm import ADMSKVCache, enable_adms_llm
 
@@ -197,3 +199,103 @@ def test_a_text_that_was_changed_far_back_is_read_from_there():
     said = model.generate(text, past_key_values=cache, max_new_tokens=8, do_sample=False, eos_token_id=-1)
     assert torch.equal(said, model.generate(text, max_new_tokens=8, do_sample=False, eos_token_id=-1))
     assert cache.get_seq_length() == 50 + 60 + 7
+
+
+# -- a conversation ------------------------------------------------------------------------------------------------------
+
+RECALLS = {"enable_recall": True, "recall_rank": 8, "recall_budget": 4096, "recall_chunk_budget": 4096}
+SAID = ["Hello there, how are you?", "What is the river called?", "And where does it rise?", "How long is it, then?"]
+
+
+def test_an_early_turn_said_otherwise_is_a_new_conversation_told_so(talk):  # noqa: F811
+    here = talk(cache=RECALLS, max_new_tokens=12, system="Be brief.")
+    for text in SAID:
+        here.say(text)
+    assert here.chat.turns == dict(enumerate(SAID))
+    assert here.chat.cache.get_seq_length() > 2 * here.chat.cache.stream.exact_lengths()[0]
+    for turn, text in ((1, "What is the mountain called?"), (0, "Good evening."), (-1, "Well?")):
+        answer = "".join(here.chat.edit(turn, text))
+        new = talk(cache=RECALLS, max_new_tokens=12, system="Be brief.")
+        turns = list(here.chat.turns.values())
+        answers = [new.say(told) for told in turns]
+        assert turns[-1] == text and answer == answers[-1]
+        assert new.chat.cache.seen_tokens.whole().tolist() == here.chat.cache.seen_tokens.whole().tolist()
+        assert here.say("Go on.") == new.say("Go on.")
+        here.say("And on.")
+
+
+def test_an_answer_made_again_is_that_of_the_next_seed(talk):  # noqa: F811
+    here = talk(cache=RECALLS, max_new_tokens=12, temperature=1.0)
+    answers = [here.say(text) for text in SAID]
+    again = "".join(here.chat.regenerate(1))
+    assert here.chat.turns == dict(enumerate(SAID[:2])) and again != answers[1]
+    here.chat.seed = -1
+    assert "".join(here.chat.regenerate()) == answers[1]
+
+
+def test_a_turn_after_one_that_was_cut_is_said_otherwise_with_what_was_owed(talk):  # noqa: F811
+    here, new = talk(cache=RECALLS, max_new_tokens=4), talk(cache=RECALLS, max_new_tokens=4)
+    for own in (here, new):
+        own.say("Hello")
+        own.chat.stop()
+        assert own.say("A turn that nobody reads") == ""
+        pieces = own.chat.say("A turn that is stopped while the model reads it, it is so long")
+        own.model.register_forward_hook(lambda *_, chat=own.chat: chat.stop() if len(chat.turns) == 2 else None)
+        assert "".join(pieces) == ""
+    assert here.chat.turns[1] == "A turn that is stopped while the model reads it, it is so long"
+    owed = list(here.chat._owed)
+    here.say("What?")
+    assert "".join(here.chat.edit(-1, "So?")) == new.say("So?")
+    assert owed and here.chat.cache.seen_tokens.whole().tolist() == new.chat.cache.seen_tokens.whole().tolist()
+
+
+def test_a_turn_too_far_back_is_refused_and_the_conversation_goes_on(talk):  # noqa: F811
+    here, new = (talk(cache={"enable_recall": False}, max_new_tokens=12) for _ in range(2))
+    for text in SAID:
+        assert here.say(text) == new.say(text)
+    for turn in (1, -1, 4, -5):
+        with pytest.raises(ValueError, match=f"turn={turn} can't be said otherwise: of 4 turns the cache can go back to 0"):
+            here.chat.edit(turn, "No.")
+        with pytest.raises(ValueError, match=f"turn={turn} can't"):
+            here.chat.regenerate(turn)
+    assert here.chat.turns == {0: SAID[0]} and here.chat.seed == new.chat.seed
+    assert here.say("Go on.") == new.say("Go on.")
+
+
+def test_what_was_recalled_is_shown_as_text(talk):  # noqa: F811
+    here = talk(cache=RECALLS | {"recall_budget": 4}, max_new_tokens=12)
+    here.say(SAID[0])
+    assert here.chat.recalled() == []
+    for text in SAID[1:]:
+        here.say(text)
+    found, whole = here.chat.recalled(most=3), here.tokenizer.decode(here.chat.cache.seen_tokens.whole()[0])
+    assert 0 < len(found) <= 3 and all(text in whole for _, text in found)
+    weights = [weight for weight, _ in found]
+    assert weights == sorted(weights, reverse=True) and 0 < sum(weights) < 1
+    every = here.chat.cache.recalled_passages(most=999)
+    cache = here.chat.cache
+    heads = [cache.recalled(layer, head)[1].sum() for layer in range(len(cache.layers)) for head in range(2)]
+    assert sum(weight for weight, _, _ in every) == pytest.approx(float(sum(heads)) / len(heads), rel=1e-4)
+    assert all(last - first <= 12 for _, first, last in every)
+
+
+def test_the_script_says_turns_otherwise_and_shows_what_was_recalled(run_script, talk, capsys):  # noqa: F811
+    options = [f"--{name}={value}" for name, value in RECALLS.items() if name != "enable_recall"] + ["--enable_recall"]
+    assert run_script("/recall", *SAID, "/edit 2 No, wait.", "/again 1", "/again", "Go on.", "/recall", options=options) == 0
+    printed = capsys.readouterr().out
+    here = talk(cache=RECALLS, max_new_tokens=8)
+    first, *_ = [here.say(text) for text in SAID]
+    edited = "".join(here.chat.edit(1, "No, wait."))
+    cut = "\n(cut: max_new_tokens)\n"
+    assert printed.startswith("> /recall\nnothing was recalled")
+    assert f"> /edit 2 No, wait.\n{edited}{cut}> /again 1\n{first}{cut}> /again\n{first}{cut}> Go on.\n" in printed
+    last = printed.partition("Go on.")[2].partition("> /recall\n")[2].splitlines()
+    assert last and all(re.match(r" *\d+\.\d\d%  \.\.\.", line) for line in last)
+
+
+@pytest.mark.parametrize("line", ["/edit", "/edit 1", "/edit one No.", "/edit 2 No.", "/again 0", "/again -2"])
+def test_a_turn_there_is_not_is_told_in_one_line(run_script, capsys, line):  # noqa: F811
+    assert run_script("Hello", line) == 2
+    output = capsys.readouterr()
+    assert output.err.count("\n") == 1 and f"{line}: it needs the number of a turn" in output.err
+    assert "the cache can go back to: 1\n" in output.err

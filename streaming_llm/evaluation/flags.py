@@ -117,7 +117,7 @@ def cache_settings(recent: int, middle: int) -> type:
             fields.append((field.name, Switch, switch(text, None)))
             continue
         # What is allowed is checked by ADMSConfig, whose messages say more than argparse's.
-        metavar = "|".join(field.metadata.get("options", ())) or kind.__name__.upper()
+        metavar = "|".join(map(str, field.metadata.get("options", ()))) or kind.__name__.upper()
         fields.append((field.name, kind, argument(text, metavar=metavar)))
     return dataclasses.make_dataclass("Settings", fields, namespace={"_argument_group_name": "cache settings"})
 
