@@ -6,13 +6,16 @@ With no argument: SmolLM2-135M-Instruct and ADM++. `/help` lists the commands; C
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 HELP = """\
 /stats       what the cache holds: tokens by tier, bytes, counters
+/recall      what the last answer read again, at its end, of what had left the window (with --enable_recall)
+/edit N TEXT say TEXT in place of what you said in turn N (1: the first; -1: the last), and forget what came after
+/again N     answer turn N anew (the last one without N)
 /save PATH   write the conversation to a file
 /load PATH   go on with a conversation that was saved, in place of this one
 /reset       forget everything said
@@ -162,14 +165,15 @@ def is_quit(line: str) -> bool:
 
 def take(chat, line: str, interruptible: bool = False) -> None:
     """Obey a command, or say a turn and print the answer as it comes. Raises what went wrong."""
-    if line.startswith("/"):
+    pieces = said_anew(chat, line)
+    if pieces is None and line.startswith("/"):
         print(obey(chat, line), flush=True)
         return
     if interruptible:
         # Not KeyboardInterrupt: that could strike in the middle of a compaction.
         before = signal.signal(signal.SIGINT, lambda *_: chat.stop())
     try:
-        for piece in chat.say(line):
+        for piece in chat.say(line) if pieces is None else pieces:
             print(piece, end="", flush=True)
     finally:
         if interruptible:
@@ -177,6 +181,28 @@ def take(chat, line: str, interruptible: bool = False) -> None:
         print(flush=True)
     if chat.ending in ENDINGS:
         print(ENDINGS[chat.ending], flush=True)
+
+
+def said_anew(chat, line: str) -> Iterator[str] | None:
+    """The answer to a turn that `/edit` or `/again` takes back and says; None where the line is another one."""
+    name, _, rest = line.partition(" ")
+    if name not in ("/edit", "/again"):
+        return None
+    number, _, text = rest.strip().partition(" ")
+    known = ["-1", *(str(own + 1) for own in chat.turns)]
+    if number not in (known if name == "/edit" else [*known, ""]) or (name == "/edit" and not text.strip()):
+        usage = "the number of a turn and a text" if name == "/edit" else "the number of a turn, or none for the last"
+        raise ValueError(f"{line.strip()}: it needs {usage}; the cache can go back to: {', '.join(known[1:]) or 'none'}")
+    turn = int(number or -1) - (number not in ("", "-1"))
+    return chat.edit(turn, text.strip()) if name == "/edit" else chat.regenerate(turn)
+
+
+def passages(chat) -> str:
+    """What the last answer recalled, strongest first, in lines."""
+    found = chat.recalled()
+    if not found:
+        return "nothing was recalled (what left the window can be, with --enable_recall)"
+    return "\n".join(f"{weight:7.2%}  ...{' '.join(text.split())}..." for weight, text in found)
 
 
 def obey(chat, line: str) -> str:
@@ -195,6 +221,8 @@ def obey(chat, line: str) -> str:
         return f"{done} {path}: {chat.cache.get_seq_length():,} tokens"
     if name == "/stats":
         return chat.stats()
+    if name == "/recall":
+        return passages(chat)
     if name == "/reset":
         chat.reset()
         return "everything said is forgotten"

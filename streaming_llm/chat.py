@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from jinja2 import TemplateError
@@ -20,6 +21,14 @@ logger = logging.getLogger(__name__)
 
 # Stand-ins for what was said, by which the template's own text between two turns is found.
 _USER, _ANSWER, _LAST = "(what the user said)", "(what the model answered)", "(what the user said last)"
+
+
+class Turn(NamedTuple):
+    """What the user said, after `start` tokens of the conversation, and what had still to be read before it."""
+
+    start: int
+    text: str
+    owed: tuple[int, ...]
 
 
 class Chat:
@@ -70,6 +79,9 @@ class Chat:
         self._owed: list[int] = []
         # The last turn, where the template renders it otherwise from the next on: see `_rewritten`.
         self._last: tuple[int, str, str] | None = None
+        # Of the turns said, by number, those the cache can go back to.
+        self._turns: dict[int, Turn] = {}
+        self._said = 0
         self._stopped = False
         self.ending = ""
         ends = model.generation_config.eos_token_id
@@ -94,6 +106,8 @@ class Chat:
         turn = self._turn(text)
         try:
             start, tokens = self._unread(text, turn)
+            self._turns[self._said] = Turn(start, text, tuple(self._owed))
+            self._said += 1
             logits = self._read(tokens)
             if logits is None:
                 return
@@ -116,8 +130,53 @@ class Chat:
                 yield piece
         finally:
             self._stopped = False
+            self._forget_turns()
             if answer is not None and not cut:
                 self._last = self._rewritten(start, text, turn, answer)
+
+    def _forget_turns(self) -> None:
+        """Forget the last turn where nothing of it was read, and those the cache can't go back to any more."""
+        seen, reach = self.cache.get_seq_length(), self.cache.held_one_by_one
+        last = self._turns.get(self._said - 1)
+        if last is not None and seen <= last.start + len(last.owed):
+            self._said -= 1
+            del self._turns[self._said]
+        self._turns = {n: turn for n, turn in self._turns.items() if not turn.start or seen - turn.start <= reach}
+
+    @property
+    def turns(self) -> dict[int, str]:
+        """What the user said in the turns that can be said otherwise, by number since the beginning, or `load`."""
+        return {number: turn.text for number, turn in self._turns.items()}
+
+    def edit(self, turn: int, text: str | None) -> Iterator[str]:
+        """Let the user have said `text` in a turn of `turns`, and yield the answer to it, as `say` does.
+
+        That turn and all after it are taken back at once, when this is called. A cache that recalls what left its window
+        (`enable_recall`) can go back to any turn its archive reaches, another one to those it still holds exactly.
+
+        Args:
+            turn: its number; -1 is the last. text: None for what it was.
+
+        Raises:
+            ValueError: a turn there is not, or one too far back; nothing has changed.
+        """
+        number = turn + self._said if turn < 0 else turn
+        if number not in self._turns:
+            known = ", ".join(map(str, self._turns)) or "none"
+            raise ValueError(f"turn={turn} can't be said otherwise: of {self._said} turns the cache can go back to {known}")
+        chosen, before = self._turns[number], {own: known for own, known in self._turns.items() if own < number}
+        if chosen.start == 0:
+            self.reset()
+        else:
+            self.cache.crop(chosen.start - self.cache.get_seq_length())
+        self._turns, self._said, self._owed, self._last = before, number, list(chosen.owed), None
+        return self.say(chosen.text if text is None else text)
+
+    def regenerate(self, turn: int = -1) -> Iterator[str]:
+        """As `edit`, with the same text. `seed` is one more from then on, so that sampling gives another answer."""
+        pieces = self.edit(turn, None)
+        self.seed += 1
+        return pieces
 
     def stop(self) -> None:
         """End the answer that is being given (or about to be) after the forward pass under way; for signal handlers."""
@@ -126,7 +185,7 @@ class Chat:
     def reset(self) -> None:
         """Forget the conversation; the next turn is the first."""
         self.cache.reset()
-        self._owed, self._last = [], None
+        self._owed, self._last, self._turns, self._said = [], None, {}, 0
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the conversation to `path`; see `ADMSKVCache.save`."""
@@ -139,7 +198,7 @@ class Chat:
         Raises what `ADMSKVCache.load` raises; this conversation goes on then.
         """
         self.cache = ADMSKVCache.load(path, self.model)
-        self._owed, self._last = [], None
+        self._owed, self._last, self._turns, self._said = [], None, {}, 0
 
     # -- the template ----------------------------------------------------------------------------------------------------
 
@@ -251,6 +310,13 @@ class Chat:
         return int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
 
     # -- what can be read ------------------------------------------------------------------------------------------------
+
+    def recalled(self, most: int = 5, beside: int = 6) -> list[tuple[float, str]]:
+        """The passages that the last pass read from the archive, `(weight, text)`, the strongest first.
+
+        `beside` tokens are shown before and after those that were read; see `ADMSKVCache.recalled_passages`."""
+        found, seen = self.cache.recalled_passages(most, beside), self.cache.seen_tokens.whole()
+        return [(own, self.tokenizer.decode(seen[0, max(0, at - beside) : last + beside + 1])) for own, at, last in found]
 
     def stats(self) -> str:
         """Tokens seen and held, tokens by tier (of a head, on average), budgets, bytes by use and counters, in lines."""

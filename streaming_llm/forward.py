@@ -98,7 +98,7 @@ class ForwardMixin:
         started.extra = {"sliding": sliding, "padding": padding, "ids": None if tokens is None else ids_of(tokens)}
         # From here on `abort_forward` goes back.
         self.stream.open = started
-        self._move_sliding([after - before for after, before in started.shifts(window)], device)
+        self._move_sliding([after - before for after, before in started.shifts(window)])
         return arrival.positions, attention_mask
 
     def _whole_mask(self, mask: torch.Tensor, seen: int, new: int, batch: int) -> tuple[torch.Tensor | None, bool]:
@@ -142,7 +142,7 @@ class ForwardMixin:
                 layer.crop(0)
                 layer.record_past = False
 
-    def _move_sliding(self, shifts: list[int], device: torch.device) -> None:
+    def _move_sliding(self, shifts: list[int]) -> None:
         """Turn the keys of layers with a sliding window back by so many positions, row by row."""
         for layer in self.layers if any(shifts) else ():
             rope = getattr(layer, "rope", None)

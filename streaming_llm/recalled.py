@@ -7,10 +7,11 @@ import torch
 from .data.autograd import unrecorded
 from .data.queries import Queries
 from .maths.importance import attention_logits
+from .store.stack import Stack
 
 
 class RecalledMixin:
-    """`cache.recalled(layer, head)`."""
+    """`cache.recalled(layer, head)` and `cache.recalled_passages()`."""
 
     @unrecorded()
     def recalled(self, layer_idx: int, head_idx: int, row: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,3 +49,30 @@ class RecalledMixin:
         weights = torch.cat([logits, own], dim=-1).softmax(-1)[:, logits.shape[-1] :].mean(0)
         order = weights.argsort(descending=True)[: int(picked.sum())]
         return archive.shelves.pos[row][reading.slots[row, head_idx]][order].round().long(), weights[order]
+
+    def recalled_passages(self, most: int = 5, apart: int = 6, row: int = 0) -> list[tuple[float, int, int]]:
+        """The passages that the last pass read from the archive, in all layers and heads.
+
+        Args:
+            most: passages at most; apart: how far from its strongest token a passage reaches; row: of the batch.
+
+        Returns:
+            `(weight, first, last)`, the strongest first: the attention probability that the passage's tokens drew together,
+            averaged over layers and heads, and the positions of its first and last.
+        """
+        drawn: dict[int, float] = {}
+        heads = [(layer, head) for stack in self.stream.stacks for layer in stack.layers for head in range(_heads(stack))]
+        for layer, head in heads:
+            positions, weights = self.recalled(layer, head, row)
+            for position, weight in zip(positions.tolist(), weights.tolist(), strict=True):
+                drawn[position] = drawn.get(position, 0.0) + weight / len(heads)
+        passages = []
+        while drawn and len(passages) < most:
+            strongest = max(drawn, key=drawn.__getitem__)
+            near = sorted(position for position in drawn if abs(position - strongest) <= apart)
+            passages.append((sum(drawn.pop(position) for position in near), near[0], near[-1]))
+        return sorted(passages, reverse=True)
+
+
+def _heads(stack: Stack) -> int:
+    return stack.tokens.keys.shape[1]

@@ -26,6 +26,7 @@ class RowsMixin:
 
     layers: list[Any]
     stream: Stream
+    _move_sliding: Callable[[list[int]], None]
     padding: list[Stretches]
     seen_tokens: SeenTokens
 
@@ -34,7 +35,8 @@ class RowsMixin:
         """Take back the last `-tokens_to_remove` tokens of every layer; 0 settles what was tried out.
 
         Raises:
-            ValueError: they are not all held exactly any more, in whichever layer; nothing has changed.
+            ValueError: they are not all held exactly (or archived, where the cache recalls), in whichever layer; nothing has
+                changed.
         """
         self._drop_unfinished()
         gone = -tokens_to_remove
@@ -49,12 +51,19 @@ class RowsMixin:
                     f"crop({tokens_to_remove}) needs tokens that a layer with a sliding window has dropped; call "
                     "cache.activate_past_recording() before the pass that is to be taken back"
                 )
-        for layer in sliding:
-            # Transformers' sliding layers refuse to be cropped by 0 where they record nothing.
-            if gone or getattr(layer, "record_past", False):
-                layer.crop(-gone)
-        with self._aborted_if_it_fails():
-            self.stream.crop(gone)
+        before = [dict(vars(layer)) for layer in sliding]
+        try:
+            for layer in sliding:
+                # Transformers' sliding layers refuse to be cropped by 0 where they record nothing.
+                if gone or getattr(layer, "record_past", False):
+                    layer.crop(-gone)
+            with self._aborted_if_it_fails():
+                shifts = self.stream.crop(gone)
+        except BaseException:
+            for layer, attributes in zip(sliding, before, strict=True):
+                vars(layer).update(attributes)
+            raise
+        self._move_sliding(shifts)
         if self.padding:
             self.padding = with_columns(self.padding, self.stream.seen, torch.ones(len(self.padding), 0, dtype=torch.bool))
         self.seen_tokens.remove(max(0, self.seen_tokens.length - self.stream.seen))

@@ -157,7 +157,7 @@ class SeenMixin:
             for each token seen and new.
 
         Raises:
-            ValueError: nothing is common, or the common beginning is not held one by one any more; nothing has changed.
+            ValueError: nothing is common, or what parts from it can't all be taken back any more; nothing has changed.
         """
         shape = input_ids.shape if attention_mask is None else attention_mask.shape
         if input_ids.dim() != 2 or not input_ids.shape[1] or shape != input_ids.shape:
@@ -223,7 +223,9 @@ class SeenMixin:
         held = self.held_one_by_one
         compacted = self.stream.compacted
         if another or (compacted and gone > held):
-            why = f"the last {held} are held one by one, and {gone} would have to be taken back"
+            recalls = any(stack.archive is not None for stack in self.stream.stacks)
+            kept = "held one by one or archived" if recalls else "held one by one"
+            why = f"the last {held} are {kept}, and {gone} would have to be taken back"
             why = "it has no beginning in common with them" if another else why
             raise ValueError(f"this cache holds a conversation of {seen} tokens, but {parting}: {why}. {ways}")
         recorded = any(getattr(layer, "record_past", False) for layer in self.layers)

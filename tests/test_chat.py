@@ -477,7 +477,7 @@ def test_a_script_prints_its_turns_and_the_answers(run_script, capsys, talk):
 
 def test_every_command_of_the_help_is_one(run_script, program, capsys, tmp_path):
     names = re.findall(r"^/\w+", program.HELP, re.MULTILINE)
-    assert names == ["/stats", "/save", "/load", "/reset", "/help", "/quit"]
+    assert names == ["/stats", "/recall", "/edit", "/again", "/save", "/load", "/reset", "/help", "/quit"]
     assert run_script("Hello", "/help", "/reset", "/stats", "/quit") == 0
     printed = capsys.readouterr().out
     assert program.HELP in printed

@@ -27,6 +27,8 @@ _SAMPLED = 512
 _ASKING = 128
 # Scores that exist at once on a CPU, in elements.
 _BLOCK_ELEMENTS = 1 << 20
+# Shares that add up to this are all there are: what is missing is rounding, which a large log-mass would magnify.
+_ALL = 1 - 2e-5
 
 
 @dataclass
@@ -152,7 +154,7 @@ def lighter(share: torch.Tensor, representative: torch.Tensor, picked: torch.Ten
         return share.new_zeros(*share.shape[:2], 0, dtype=torch.float32)
     share = share.float() * (picked & (representative >= 0))
     gone = share.new_zeros(*share.shape[:2], middle).scatter_add_(2, representative.clamp_min(0), share)
-    return torch.log1p(-gone.clamp(0.0, 1.0))
+    return torch.log1p(-torch.where(gone > _ALL, 1.0, gone))
 
 
 def turned_queries(query: torch.Tensor, positions: torch.Tensor, rope: Rope | None) -> torch.Tensor:

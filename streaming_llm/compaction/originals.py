@@ -18,7 +18,7 @@ from ..data.tokens import CHANGED, SKETCH, UNUSED, WeightedTokens, as_held, squa
 
 _TINY = 1e-12
 # Below this share of what it was a remainder's value is not found by subtraction, which would magnify every inaccuracy.
-_LEAST_REST = 0.5
+LEAST_REST = 0.5
 # What a score counts for when originals are ranked, where the stand-in is no sketch and only replay can bring them back.
 _FOR_REPLAY_ONLY = 1e-6
 
@@ -205,7 +205,7 @@ def take_off(
         together = (at[..., :, None] == at[..., None, :]).to(own.dtype) @ own
         before = gather_tokens(values, at)
         remainder = (before.float() - together) / rest.gather(2, at)[..., None]
-        changed = (touched & (tokens.tier != SKETCH) & (rest >= _LEAST_REST)).gather(2, at)
+        changed = (touched & (tokens.tier != SKETCH) & (rest >= LEAST_REST)).gather(2, at)
         values = values.clone(memory_format=torch.contiguous_format)
         put_tokens(values, at, torch.where(changed[..., None], as_held(remainder, values.dtype), before))
     beta = tokens.beta

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ from ..data.rope import Rope
 from ..data.tokens import WeightedTokens
 from .codec import Codec
 from .codes import coded, fit
+from .links import Links
+from .row import Row
 from .shelves import OutOfRoom, Shelves
 
 _TINY = 1e-12
@@ -35,44 +37,6 @@ _FIRST_SLOTS = 1024
 _PER_TOKEN = {"share": 0, "representative": -1, "open": False}
 
 logger = logging.getLogger("streaming_llm")
-
-
-@dataclass
-class Links:
-    """What may change of archived tokens, tensors `[rows, kv_heads, slots]`, and what they are found by.
-
-    Attributes:
-        share: part of its representative's mass that is the token's own, in [0, 1].
-        representative: slot of the middle whose token stands for it; -1 for none.
-        open: whether the token may be recalled: it is there, and no token of the middle itself.
-        basis: directions of the head's unrotated keys, float32 `[rows, kv_heads, head_dim, rank]`.
-        mean: mean of these keys, float32 `[rows, kv_heads, 1, head_dim]`.
-        step: what a code's unit is worth, float32 `[rows, kv_heads, 1, rank]`; 1 where codes are floating.
-    """
-
-    share: torch.Tensor
-    representative: torch.Tensor
-    open: torch.Tensor
-    basis: torch.Tensor
-    mean: torch.Tensor
-    step: torch.Tensor
-
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Links:
-        """Each tensor replaced by `function(tensor)`."""
-        return Links(**{item.name: function(getattr(self, item.name)) for item in dataclasses.fields(self)})
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors by name."""
-        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-
-    def with_rows(self, index: torch.Tensor | None, links: Links) -> Links:
-        """These with the rows `index` as in `links`; None for all."""
-        if index is None:
-            return links
-        own = self.map(torch.clone)
-        for name, tensor in own.tensors().items():
-            tensor[index] = getattr(links, name)
-        return own
 
 
 @dataclass
@@ -292,8 +256,7 @@ class Archive:
         self,
         index: torch.Tensor | None,
         batch: Sequence[int],
-        archived: int,
-        moved: int,
+        row: Row,
         held: WeightedTokens,
         new: slice,
         middle: WeightedTokens,
@@ -305,8 +268,7 @@ class Archive:
 
         Args:
             index: the rows in the tensors, None for all; batch: their numbers in the batch.
-            archived: tokens of each row that were archived before.
-            moved: by how much positions were moved since the stream began.
+            row: where each of them stood before.
             held: all tokens before the compaction; `new`: those of them that are to be archived.
             middle: the middle now; trace: what became of the candidates, of which the first `old` were the middle before.
             rope: how keys turn with position.
@@ -317,6 +279,7 @@ class Archive:
         """
         rows = self.links if index is None else self.links.map(lambda own: own.index_select(0, index))
         slots, cap, device = self.slots, self.config.recall_tokens, held.keys.device
+        archived, moved = row.archived, row.moved
         old, new = old + max(0, new.stop - new.start - cap), slice(max(new.start, new.stop - cap), new.stop)
         count = new.stop - new.start
         tokens = held.map(lambda tensor: tensor[:, :, new])
@@ -328,8 +291,8 @@ class Archive:
             at = index_at.to(device)
             share = share.index_fill(2, at, 1.0)
             among = among.index_copy(2, at, here.expand(*among.shape[:2], -1))
-        live = torch.arange(max(0, archived - cap), archived) % slots
-        if trace.returned.shape[2] and archived:
+        live = torch.arange(row.first_archived(cap), archived) % slots
+        if trace.returned.shape[2] and len(live):
             at, found = self.shelves.slots_of(batch, live, trace.returned + moved)
             found = found & trace.there
             candidates = trace.parents.shape[2]
@@ -339,7 +302,8 @@ class Archive:
         share, representative = _followed(among, share, trace, middle)
         there = torch.zeros(slots, dtype=torch.bool, device=share.device)
         total = archived + count
-        there[torch.arange(max(0, total - cap), total, device=share.device) % slots] = True
+        numbers = torch.arange(row._replace(archived=total).first_archived(cap), total) % slots
+        there[numbers.to(share.device)] = True
         closed = representative >= 0
         if middle.length:
             closed = closed & is_original(middle).gather(2, representative.clamp_min(0))
@@ -353,15 +317,17 @@ class Archive:
             basis, mean, step = fit(every, self.config.recall_rank, self.shelves.floating)
         codes = coded(unrotated, basis, mean, step, self.shelves.floating)
         self.shelves.write(shelf, batch, index_at, tokens, codes, moved)
-        if middle.length and total:
+        if middle.length and len(numbers):
             # What returned to the middle by another way than through its representative: promoted, or replayed.
-            numbers = torch.arange(max(0, total - cap), total) % slots
             at, found = self.shelves.slots_of(batch, numbers, middle.pos + moved)
             found = found & is_original(middle)
             here = torch.arange(middle.length, device=share.device).expand_as(at)
             closed = _put(closed, at, found, True)
             representative = _put(representative, at, found, here)
             share = _put(share, at, found, 1.0)
+            if row._replace(archived=total).archives_all(self.config, self.config.recent_size):
+                # Roundings of many compactions add up, and what is left over by them has a large log-mass.
+                share = _adding_up(share, representative, numbers, middle.length)
         return Links(
             share=share.to(rows.share.dtype),
             representative=representative.to(rows.representative.dtype),
@@ -384,6 +350,14 @@ def _followed(
     share = (share * trace.shares().gather(2, at) / trace.left.gather(2, slot).clamp_min(_TINY)).clamp(0.0, 1.0)
     known = (among >= 0) & (parents >= 0)
     return torch.where(known, share, 0.0), torch.where(known, slot, -1)
+
+
+def _adding_up(share: torch.Tensor, representative: torch.Tensor, live: torch.Tensor, middle: int) -> torch.Tensor:
+    """The shares of the tokens in the slots `live`, in whatever `middle` slots they are, so that they add up to 1."""
+    among = representative.index_select(2, live.to(share.device))
+    part = share.index_select(2, live.to(share.device)) * (among >= 0)
+    total = share.new_zeros(*share.shape[:2], middle).scatter_add_(2, among.clamp_min(0), part)
+    return share / total.clamp_min(_TINY).gather(2, representative.clamp_min(0))
 
 
 def _put(own: torch.Tensor, at: torch.Tensor, picked: torch.Tensor, new: torch.Tensor | float | bool) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from ..compaction.memory import Memory
 from ..data.tokens import WeightedTokens
-from .archive import Links
+from .links import Links
 from .row import Row
 
 

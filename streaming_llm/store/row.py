@@ -18,7 +18,9 @@ class Row(NamedTuple):
         least: what the layers' agreement leaves the head with the smallest budget; 0 where they never agreed on any.
         kept: queries kept from before the last compaction, `queries`: all that are stored, `scored`: those that count
             in the scores already; they come in this order.
-        archived: tokens that ever came to the archive.
+        archived: tokens that came to the archive, without those that were taken back.
+        oldest: number of the first archived token that may be there: tokens that were taken back since have overwritten
+            those before it.
         moved: by how much positions were moved back so far.
     """
 
@@ -31,6 +33,7 @@ class Row(NamedTuple):
     queries: int = 0
     scored: int = 0
     archived: int = 0
+    oldest: int = 0
     moved: int = 0
 
     @property
@@ -70,6 +73,31 @@ class Row(NamedTuple):
             kept=min(self.kept, queries),
             scored=min(self.scored, queries),
         )
+
+    def rewound(self, gone: int, config: ADMSConfig, cap: int) -> Row:
+        """The row without its last `gone` tokens, more than are held one by one.
+
+        Its recent window is read from the archive, which keeps `cap` tokens, and what is in the window leaves the archive.
+        """
+        oldest, end = self.first_archived(cap), self.archived + self.exact_length(config) - gone
+        start = max(oldest, end - config.recent_size)
+        length = config.dynamic_start_size + self.width + end - start
+        return self._replace(
+            length=length, seen=self.seen - gone, queries=0, kept=0, scored=0, archived=start, oldest=oldest
+        )
+
+    def first_archived(self, cap: int) -> int:
+        """Number of the oldest token in an archive that keeps `cap`."""
+        return max(self.oldest, self.archived - cap)
+
+    def archives_all(self, config: ADMSConfig, exact: int) -> bool:
+        """Whether all tokens but the sinks and the newest `exact` are in the archive."""
+        there = self.archived - self.first_archived(config.recall_tokens)
+        return there == self.seen - exact - config.dynamic_start_size
+
+    def reach(self, config: ADMSConfig, cap: int) -> int:
+        """How many of the newest tokens can be taken back: those held one by one, and those in an archive of `cap`."""
+        return self.exact_length(config) + self.archived - self.first_archived(cap)
 
     def exact_length(self, config: ADMSConfig) -> int:
         """How many of the newest tokens are held one by one."""

@@ -285,17 +285,20 @@ class Stack:
         return None if self.archive is None else self.archive.part(start, start + self.batch)
 
     @property
+    def archive_cap(self) -> int:
+        """Tokens of each row that the archive keeps."""
+        return 0 if self.archive is None else self.archive.config.recall_tokens
+
+    @property
     def archived_tokens(self) -> int:
         """Tokens in the archive, over layers, rows and heads."""
-        if self.archive is None:
-            return 0
-        there = sum(min(row.archived, self.archive.config.recall_tokens) for row in self.rows)
+        there = sum(row.archived - row.first_archived(self.archive_cap) for row in self.rows)
         return there * len(self.layers) * self.tokens.keys.shape[1]
 
     def leaving(self, new: int, row: Row) -> int:
         """Tokens of a row that have left the recent window since the last compaction once `new` more have come."""
         fixed = self.config.dynamic_start_size + self.config.recent_size
-        return min(max(0, row.length + new - fixed - (row.width if row.compactions else 0)), self.config.recall_tokens)
+        return min(max(0, row.length + new - fixed - (row.width if row.compactions else 0)), self.archive_cap)
 
     def with_archive_room(self, new: int) -> Stack:
         """The stack whose archive has room for `new` more tokens of each row."""
@@ -373,19 +376,6 @@ class Stack:
             tokens = self.tokens.gather(order[:, None].expand(-1, heads, -1))
             free = torch.arange(tokens.length, device=self.device) >= result.lengths[:, None]
             result.tokens = tokens.cleared(free.repeat(layers, 1)[:, None])
-        return result
-
-    def cropped(self, gone: int) -> Stack:
-        """The stack without the last `gone` tokens of each row, which must be held one by one and real."""
-        rows = tuple(row.cropped(gone) for row in self.rows)
-        real = None if self.real is None else self.real[:, : self.columns - gone]
-        result = dataclasses.replace(self, rows=rows, seen=self.seen - gone, tail=self.tail - gone, real=real)
-        if gone:
-            # Nothing uses these slots any more: they are as those of untouched tokens again.
-            ends = [row.length if real is None else real.shape[1] for row in rows]
-            ends = torch.tensor(ends, device=self.device).repeat(len(self.layers))
-            free = torch.arange(self.tokens.length, device=self.device) >= ends[:, None]
-            result.tokens = self.tokens.cleared(free[:, None])
         return result
 
     # -- sizes -----------------------------------------------------------------------------------------------------------

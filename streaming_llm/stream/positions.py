@@ -145,6 +145,25 @@ class PositionWindow:
         if self.following is not None:
             self.following = [position - gone for position in self.following]
 
+    def rewind(self, held: list[int]) -> list[int]:
+        """Move less where so many tokens were taken back that the next would stand before its own slot.
+
+        Args:
+            held: slots in use by each row, those there are now.
+
+        Returns:
+            What is now subtracted from each row's true positions.
+        """
+        following, offsets = (known * len(held) if len(known) == 1 else known for known in (self.following, self.offsets))
+        less = []
+        for start, offset, slots in zip(following, offsets, held, strict=True):
+            if start - offset < slots:
+                goal = slots if self.policy == "cache" or self.limit is None else max(slots, int(self.limit * TARGET))
+                offset = min(offset, max(0, start - goal))
+            less.append(offset)
+        self.offsets = _common(less)
+        return less
+
     def pick(self, rows: list[int]) -> None:
         """Row `i` becomes what row `rows[i]` was."""
         for name in ("offsets", "following"):

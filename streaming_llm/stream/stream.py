@@ -22,6 +22,7 @@ from .forward_pass import Pass, with_layer
 from .passes import StackPass
 from .positions import PositionWindow
 from .ranks import Ranks
+from .rewind import rewound
 from .trading import FIRST_TRADE, next_trade, runs, traded
 from .upkeep import Upkeep
 
@@ -121,8 +122,8 @@ class Stream:
     @property
     def croppable(self) -> int:
         """How many of the last tokens can be taken back."""
-        exact = min(self.exact_lengths(), default=0)
-        return min(self.tail, self._trial + exact)
+        reach = (row.reach(stack.config, stack.archive_cap) for stack in self.stacks for row in stack.rows)
+        return min(self.tail, self._trial + min(reach, default=0))
 
     def mask_length(self, layer: int, new: int) -> tuple[int, int]:
         """Slots in use before `new` tokens come to a layer, and the columns it has seen then."""
@@ -301,7 +302,6 @@ class Stream:
         stacks += [stack for stack in done.stacks if stack.layers[0] not in written]
         if self.committed is not None:
             self.committed(done)
-        # From here on nothing is computed any more.
         self.stacks = sorted(stacks, key=lambda own: own.layers)
         self.next_trades, self.window, self.open = done.next_trades, done.window, None
         recalling = [part.recalling for part in done.parts if part.recalls]
@@ -359,9 +359,11 @@ class Stream:
                 f"crop({-gone}) reaches back to padding: of this batch only the last {self.tail} tokens can be taken back"
             )
         if gone > self.croppable:
+            recalls = any(stack.archive is not None for stack in self.stacks)
+            held = "is held exactly or archived; what is not" if recalls else "is held exactly; what was compacted"
             raise ValueError(
-                f"crop({-gone}) asks for more than the last {self.croppable} tokens, "
-                "which are all that is held exactly; what was compacted can't be rolled back"
+                f"crop({-gone}) asks for more than the last {self.croppable} tokens, which are all that {held} "
+                "can't be rolled back"
             )
 
     @property
@@ -374,13 +376,16 @@ class Stream:
         arrival = self.open.arrival
         return tail + arrival.new if arrival.real is None else arrival.tail
 
-    def crop(self, gone: int) -> None:
-        """Take back the last `gone` tokens of each row, and settle the rest; see `check_crop`."""
+    def crop(self, gone: int) -> list[int]:
+        """Take back the last `gone` tokens of each row, and settle the rest; see `check_crop`.
+
+        Returns how far back each row's positions were moved for that; less than 0: forward.
+        """
+        shifts = []
         self.check_crop(gone)
         if self.open is not None and self.open.over:
-            new = self.open.arrival.new
-            trial = min(gone, new)
-            if trial < new:
+            trial = min(gone, self.open.arrival.new)
+            if trial < self.open.arrival.new:
                 self.open.arrival = self.open.arrival.without(trial)
                 for part in self.open.parts:
                     part.cropped(trial)
@@ -390,6 +395,6 @@ class Stream:
                 self.abort()
             gone -= trial
         if gone and self.stacks:
-            stacks = [stack.cropped(gone) for stack in self.stacks]
-            self.stacks = stacks
-            self.window.remove(gone)
+            stacks, window, shifts = rewound(self.stacks, gone, self.window)
+            self.stacks, self.window, self.read = stacks, window, {}
+        return shifts

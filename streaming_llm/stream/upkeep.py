@@ -21,7 +21,7 @@ from ..config import ADMSConfig
 from ..data.queries import Queries
 from ..data.tokens import WeightedTokens, lightened
 from ..maths.importance import attention_logits, attention_statistics, less_drawn
-from ..store.archive import Links
+from ..store.links import Links
 from ..store.row import Row
 from ..store.stack import Part, Stack
 
@@ -222,8 +222,7 @@ class Upkeep:
         return stack.archive.compacted(
             stack.index(which),
             which,
-            row.archived,
-            row.moved,
+            row,
             held,
             slice(last - leaving, last),
             result.tokens.slice(first, first + result.trace.left.shape[2]),
@@ -269,7 +268,7 @@ class Upkeep:
         part = stack.part(which)
         held, queries = part.tokens, stack.stored_queries(which)
         slots = torch.arange(held.length, device=stack.device, dtype=torch.float32)
-        moved = dataclasses.replace(held, **_at(stack, held, torch.maximum(held.pos - shift, slots), turns))
+        moved = dataclasses.replace(held, **at_positions(stack, held, torch.maximum(held.pos - shift, slots), turns))
         if turns and part.queries is not None:
             part = part._replace(queries=stack.rope.shift(part.queries, -shift))
         if turns and part.row.compactions and queries is not None:
@@ -280,7 +279,7 @@ class Upkeep:
             )
             moved = lightened(moved, lambda beta: beta - less)
         part = part._replace(row=part.row._replace(moved=part.row.moved + shift))
-        return part._replace(tokens=moved, memory=_moved_memory(stack, part.memory, shift, turns))
+        return part._replace(tokens=moved, memory=moved_memory(stack, part.memory, shift, turns))
 
 
 def _own_statistics(tokens: WeightedTokens) -> WeightedTokens:
@@ -301,7 +300,9 @@ def _write_statistics(stack: Stack, which: Sequence[int], held: WeightedTokens) 
             own[index] = own[index].scatter(2, at, new)
 
 
-def _at(stack: Stack, tokens: WeightedTokens | Originals, pos: torch.Tensor, turns: bool) -> dict[str, torch.Tensor]:
+def at_positions(
+    stack: Stack, tokens: WeightedTokens | Originals, pos: torch.Tensor, turns: bool
+) -> dict[str, torch.Tensor]:
     """Keys and positions of the tokens at `pos`; from where they were exact, if that is kept."""
     if not turns:
         return {"pos": pos}
@@ -309,12 +310,12 @@ def _at(stack: Stack, tokens: WeightedTokens | Originals, pos: torch.Tensor, tur
     return {"keys": torch.where((pos == at)[..., None], keys, stack.rope.move(keys, at, pos)), "pos": pos}
 
 
-def _moved_memory(stack: Stack, memory: Memory, shift: int, turns: bool) -> Memory:
+def moved_memory(stack: Stack, memory: Memory, shift: int, turns: bool) -> Memory:
     """What the modules remember of positions, moved `shift` back."""
     changed = {}
     if memory.originals is not None:
         pos = (memory.originals.pos - shift).clamp_min(float(stack.config.dynamic_start_size))
-        changed["originals"] = dataclasses.replace(memory.originals, **_at(stack, memory.originals, pos, turns))
+        changed["originals"] = dataclasses.replace(memory.originals, **at_positions(stack, memory.originals, pos, turns))
     if memory.calibration is not None:
         state = memory.calibration
         moved = {name: getattr(state, name) - shift * state.valid for name in ("synthetic", "true")}
