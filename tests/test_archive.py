@@ -23,7 +23,7 @@ SIZES = {
 PLUS = (
     ADMSConfig.adm_plus_plus().to_dict() | SIZES | {"sketch_budget": 6, "replay_budget": 4, "energy_replay_threshold": 1.0}
 )
-EVERYTHING = {"recall_budget": 256, "recall_chunk_budget": 256}
+EVERYTHING = {"recall_budget": 512, "recall_chunk_budget": 512}
 KINDS = {
     "base": SIZES,
     "vq": SIZES | {"compressor_type": "vq"},

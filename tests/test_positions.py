@@ -16,6 +16,7 @@ from streaming_llm.data.tokens import CHANGED
 from streaming_llm.evaluation.lone_layer import LoneLayer
 from streaming_llm.maths.importance import attention_logits
 from streaming_llm.stream.arrival import Arrival
+from streaming_llm.stream.passes import StackPass
 from streaming_llm.stream.positions import PositionWindow
 
 WINDOW = 96
@@ -227,10 +228,16 @@ def test_no_token_that_weighs_more_than_itself_draws_more_after_a_move(config, s
 
 
 @pytest.mark.parametrize(("chunk", "tokens"), [(1, 66), (3, 63)])
-def test_the_stored_queries_are_those_of_the_newest_tokens(chunk, tokens):
+def test_the_stored_queries_are_those_of_the_newest_tokens(chunk, tokens, monkeypatch):
     cache, shown = enable_adms_llm(MODEL, **SMALL), []
-    layer, observe = cache.layers[0], cache.layers[0].observe
-    layer.observe = lambda query, *args: (shown.append(query), observe(query, *args))[1]
+    layer, observe = cache.layers[0], StackPass.observe
+
+    def observed(part, number, query, *args):
+        if number == 0:
+            shown.append(query)
+        observe(part, number, query, *args)
+
+    monkeypatch.setattr(StackPass, "observe", observed)
 
     def stored():
         states = layer.stack.stored_queries([0]).states

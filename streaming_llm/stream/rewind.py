@@ -66,7 +66,10 @@ def rewound(stacks: Sequence[Stack], gone: int, window: PositionWindow) -> tuple
 def _rewound(stack: Stack, gone: int, due: Sequence[int], moved: Sequence[int]) -> Stack:
     classes = stack.classes(lambda number: (number in due, moved[number]))
     parts = [_rewound_rows(stack, which, gone, moved[which[0]]) for which in classes if which[0] in due]
-    return cropped(stack.with_parts(parts), gone, due)
+    back = stack.with_parts(parts)
+    # What a row has seen is its own, whatever is done to it: here it is to be less.
+    rows = [row._replace(seen=row.seen - gone) if number in due else row for number, row in enumerate(back.rows)]
+    return cropped(dataclasses.replace(back, rows=tuple(rows)), gone, due)
 
 
 def _rewound_rows(stack: Stack, which: Sequence[int], gone: int, moved: int) -> Part:
