@@ -192,11 +192,8 @@ class Archive:
 
     # -- another archive -------------------------------------------------------------------------------------------------
 
-    def with_room(self, archived: Sequence[int], new: int, rope: Rope | None = None) -> Archive:
+    def with_room(self, archived: Sequence[int], new: int) -> Archive:
         """The archive with free slots for `new` more tokens of each row, of which `archived` came so far.
-
-        Where it grows its basis is made anew, from all that it holds: other topics and languages have other directions.
-        `rope`: how keys turn with position.
 
         Where the store can't grow, it stays as it is: the oldest make room then, and a line in the log says so.
         """
@@ -228,29 +225,7 @@ class Archive:
         }
         if self.start or self.rows != self.shelves.rows:
             shelves = shelves.select(torch.arange(self.start, self.start + self.rows), None)
-        archive = Archive(self.config, shelves, dataclasses.replace(self.links, **grown))
-        archive._refit(archived, rope)
-        return archive
-
-    def _refit(self, archived: Sequence[int], rope: Rope | None) -> None:
-        """Fit the basis and make all codes anew, in place: these shelves are no other snapshot's yet."""
-        shelves, links = self.shelves, self.links
-        fitted = [getattr(links, name).clone() for name in ("basis", "mean", "step")]
-        # Row by row: unrotated keys of all of them at once would be as large as the archive.
-        for row in range(self.rows):
-            number = row % len(archived)
-            used = min(archived[number], self.slots)
-            if not used:
-                continue
-            slots = torch.arange(used, device=shelves.device).expand(1, links.share.shape[1], -1)
-            keys = shelves.read(row, slots)[0].float()
-            if rope is not None and rope.rotates:
-                keys = rope.move(keys, shelves.rotated[number, :used], 0)
-            basis, mean, step = fit(keys, self.config.recall_rank, shelves.floating)
-            shelves.codes[row, :, :used] = coded(keys, basis, mean, step, shelves.floating)[0].to(shelves.codes.dtype)
-            for own, new in zip(fitted, (basis, mean, step), strict=True):
-                own[row] = new[0]
-        self.links = dataclasses.replace(links, **dict(zip(("basis", "mean", "step"), fitted, strict=True)))
+        return Archive(self.config, shelves, dataclasses.replace(self.links, **grown))
 
     def compacted(
         self,

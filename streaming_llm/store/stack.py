@@ -304,7 +304,7 @@ class Stack:
         """The stack whose archive has room for `new` more tokens of each row."""
         if self.archive is None:
             return self
-        return dataclasses.replace(self, archive=self.archive.with_room([row.archived for row in self.rows], new, self.rope))
+        return dataclasses.replace(self, archive=self.archive.with_room([row.archived for row in self.rows], new))
 
     @classmethod
     def join(cls, stacks: Sequence[Stack]) -> Stack:
