@@ -164,11 +164,6 @@ class ADMSLayer(CacheLayerMixin):
 
     # -- what the attention function asks ----------------------------------------------------------------------------------
 
-    @property
-    def plain(self) -> bool:
-        """True while nothing was compacted and nothing padded: attention is then the model's own, to the bit."""
-        return self.stream.open.of_layer[self.number].plain
-
     def attention_bias(self, new: int, groups: int, dtype: torch.dtype) -> torch.Tensor:
         """See `StackPass.bias`."""
         return self.stream.part_of(self.number).bias(self.number, groups, dtype)

@@ -28,7 +28,7 @@ class RecalledMixin:
             IndexError: a layer, head or row there is not.
         """
         stack = self.stream.stack_of(layer_idx)
-        heads = 0 if stack is None else stack.tokens.keys.shape[1]
+        heads = 0 if stack is None else _heads(stack)
         for name, value, most in (("head_idx", head_idx, heads), ("row", row, 0 if stack is None else stack.batch)):
             if not 0 <= value < most:
                 raise IndexError(f"{name}={value} of layer_idx={layer_idx}: there are {most}")

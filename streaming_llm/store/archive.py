@@ -92,9 +92,8 @@ class Archive:
     @property
     def nbytes(self) -> dict[str, int]:
         """Bytes of what was archived, `archive`, and of what it is found by, `index`; this archive's part of each."""
-        links = sum(tensor.numel() * tensor.element_size() for tensor in self.links.tensors().values())
         part = self.rows / max(1, self.shelves.rows)
-        return {"archive": int(self.shelves.nbytes * part), "index": int(self.shelves.code_bytes * part) + links}
+        return {"archive": int(self.shelves.nbytes * part), "index": int(self.shelves.code_bytes * part) + self.links.nbytes}
 
     def part(self, start: int, stop: int) -> Archive:
         """The rows from `start` to `stop`, of the same shelves."""
@@ -103,7 +102,7 @@ class Archive:
     def select(self, index: torch.Tensor, batch: Sequence[int]) -> Archive:
         """A copy with the rows `index` of the tensors, which are rows `batch` of a batch."""
         at = index + self.start
-        return Archive(self.config, self.shelves.select(at, batch), self.links.map(lambda own: own.index_select(0, index)))
+        return Archive(self.config, self.shelves.select(at, batch), self.links.of_rows(index))
 
     def to(self, device: torch.device) -> Archive:
         """A copy on a device."""
@@ -252,7 +251,7 @@ class Archive:
             The links of these rows now. Only slots that no row uses were written. Of more tokens than `recall_tokens` the
         last are archived.
         """
-        rows = self.links if index is None else self.links.map(lambda own: own.index_select(0, index))
+        rows = self.links.of_rows(index)
         slots, cap, device = self.slots, self.config.recall_tokens, held.keys.device
         archived, moved = row.archived, row.moved
         old, new = old + max(0, new.stop - new.start - cap), slice(max(new.start, new.stop - cap), new.stop)

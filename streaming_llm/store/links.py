@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from ..data.state import HeadState
+
 
 @dataclass
-class Links:
+class Links(HeadState):
     """What may change of archived tokens, tensors `[rows, kv_heads, slots]`, and what they are found by.
 
     Attributes:
@@ -29,13 +29,9 @@ class Links:
     mean: torch.Tensor
     step: torch.Tensor
 
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Links:
-        """Each tensor replaced by `function(tensor)`."""
-        return Links(**{item.name: function(getattr(self, item.name)) for item in dataclasses.fields(self)})
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors by name."""
-        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+    def of_rows(self, index: torch.Tensor | None) -> Links:
+        """The rows `index` of these; the very tensors for None, which is all."""
+        return self if index is None else self.map(lambda own: own.index_select(0, index))
 
     def with_rows(self, index: torch.Tensor | None, links: Links) -> Links:
         """These with the rows `index` as in `links`; None for all."""

@@ -38,7 +38,7 @@ def without(
     Returns:
         `(middle, links, rest)`: and the part of its mass that each of these tokens has left, `[rows, kv_heads, middle]`.
     """
-    links = archive.links if index is None else archive.links.map(lambda own: own.index_select(0, index))
+    links = archive.links.of_rows(index)
     device, slots = links.open.device, archive.slots
     oldest = row.first_archived(archive.config.recall_tokens)
     leaving = torch.arange(start, row.archived, device=device) % slots

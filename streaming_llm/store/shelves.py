@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data.select import gather_tokens
 from ..data.tokens import WeightedTokens
 from .codec import Codec
 
@@ -138,7 +139,9 @@ class Shelves:
     def read(self, start: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values in `slots [rows, kv_heads, n]` of the rows from `start` on, on the device."""
         return tuple(
-            codec.decode([_gathered(own[start : start + slots.shape[0]], slots).to(self.device) for own in kept])
+            codec.decode(
+                [gather_tokens(own[start : start + slots.shape[0]], slots.to(own.device)).to(self.device) for own in kept]
+            )
             for codec, kept in zip(self.codecs, (self.keys, self.values), strict=True)
         )
 
@@ -220,14 +223,6 @@ def _relay(own: torch.Tensor, new: torch.Tensor, slots: int, archived: Sequence[
         chosen = there[row].nonzero()[:, 0]
         taken = own[row].index_select(axis - 1, source[row, chosen].to(own.device))
         new[row].index_copy_(axis - 1, chosen.to(own.device), taken)
-
-
-def _gathered(own: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    # Whole tokens are copied several times as fast as elements each of which has an index of its own.
-    rows, heads, step = own.shape[:3]
-    starts = torch.arange(rows * heads, device=own.device).view(rows, heads, 1) * step
-    at = (slots.to(own.device) + starts).flatten()
-    return own.flatten(0, 2).index_select(0, at).view(*slots.shape, own.shape[-1])
 
 
 def _allocated(shape: tuple[int, ...], dtype: torch.dtype, place: str, device: torch.device) -> torch.Tensor:
