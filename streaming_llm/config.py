@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .registry import available_compressors
-from .sizing import Sizes
+from .sizing import RECALL_RANK, Sizes
 
 SKETCH_REDUCTIONS = ("mean", "sum", "first")
 ANCHOR_MODES = ("mean", "grid", "hybrid")
@@ -156,7 +156,11 @@ class ADMSConfig(Sizes):
         256, "archived tokens that the queries of a longer pass may attend to, one set for all of them", low=0
     )
     recall_tokens: int = _setting(32768, "tokens of the archive; past it the oldest leave", low=1)
-    recall_rank: int = _setting(16, "dimensions of the codes that archived tokens are found by", low=1)
+    recall_rank: int = _setting(
+        RECALL_RANK,
+        "dimensions of the codes that archived tokens are found by; of a head with fewer than 32 all, where 32 is asked",
+        low=1,
+    )
     recall_bits: int = _setting(
         16, "bits a channel of archived keys and values: 16 for as they are, 8 or 4", options=(16, 8, 4)
     )

@@ -14,6 +14,9 @@ import torch
 
 from .registry import get_compressor
 
+# Dimensions of the codes of archived tokens, of heads that have so many.
+RECALL_RANK = 32
+
 # Per-token bookkeeping beside key and value: log-mass, position, score, mass, square (float32), count (int32), tier (int8).
 BOOKKEEPING_BYTES = 6 * 4 + 1
 # Per stored original beside key and value: position, share, score (float32), stand-in and arrival (int64).
@@ -73,10 +76,16 @@ class Sizes:
         `compression_interval` makes room for its own, up to `recall_tokens` more, until it is over."""
         return (self.recall_tokens + 4 * self.compression_interval) * self.enable_recall
 
+    def code_rank(self, head_dim: int) -> int:
+        """Dimensions of the codes of archived tokens."""
+        return min(self.recall_rank, head_dim)
+
     def archived_bytes(self, head_dim: int, itemsize: int) -> int:
         """Bytes of a token in the archive of one head, index included; its positions are one pair for a whole layer."""
         stored = head_dim * itemsize if self.recall_bits == 16 else head_dim * self.recall_bits // 8 + 2
-        return 2 * stored + self.recall_rank * (1 if self.recall_bits == 4 else 2) + (5 if self.recall_bits == 4 else 7)
+        return (
+            2 * stored + self.code_rank(head_dim) * (1 if self.recall_bits == 4 else 2) + (7 if self.recall_bits == 4 else 9)
+        )
 
     @property
     def middle_allocation(self) -> int:
@@ -138,7 +147,8 @@ class Sizes:
         head = self.buffer_tokens * token + queries + self.original_slots * original + modules
         if self.enable_recall:
             head += self.archive_slots * self.archived_bytes(shape.head_dim, shape.itemsize)
-            head += 4 * (shape.head_dim * (self.recall_rank + 1) + self.recall_rank)
+            rank = self.code_rank(shape.head_dim)
+            head += 4 * (shape.head_dim * (rank + 1) + rank)
         full = shape.full_layers * (shape.kv_heads * head + 8 * self.archive_slots)
         sliding = shape.sliding_tokens * shape.kv_heads * shape.head_dim * 2 * shape.itemsize
         return batch_size * (full + sliding)
@@ -249,7 +259,8 @@ class Sizes:
         """Raise `ValueError` where `rank` exceeds the heads' dimension and the compressor uses it."""
         if self.compressor_type == "low_rank" and self.rank > head_dim:
             raise ValueError(f"rank={self.rank} must not exceed the model's head_dim={head_dim}")
-        if self.enable_recall and self.recall_rank > head_dim:
+        # Heads with fewer dimensions than the default have codes of all they have.
+        if self.enable_recall and self.recall_rank > max(head_dim, RECALL_RANK):
             raise ValueError(f"recall_rank={self.recall_rank} must not exceed the model's head_dim={head_dim}")
 
 

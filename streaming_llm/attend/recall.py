@@ -27,8 +27,11 @@ _SAMPLED = 512
 _ASKING = 128
 # Scores that exist at once on a CPU, in elements.
 _BLOCK_ELEMENTS = 1 << 20
-# Shares that add up to this are all there are: what is missing is rounding, which a large log-mass would magnify.
-_ALL = 1 - 2e-5
+# Of many tokens the largest are looked for in the columns of a table of so many rows, where it has this many columns.
+_ROWS = 16
+_LEAST_COLUMNS = 512
+# What shares that add up to 1 leave is rounding, at most this, which a large log-mass would magnify.
+_NONE = 2e-5
 
 
 @dataclass
@@ -66,7 +69,7 @@ class Recalled:
         groups = bias.shape[1] // self.picked.shape[1]
         tokens, more = bias.shape[-1], self.picked.shape[2]
         both = torch.nn.functional.pad(bias, (0, more)).unflatten(1, (-1, groups))
-        both[..., self.first : self.first + self.less.shape[2]] += self.less[:, :, None, None].to(bias.dtype)
+        both[..., self.first : self.first + self.less.shape[2]].add_(self.less[:, :, None, None].to(bias.dtype))
         both[..., tokens:].masked_fill_(~self.picked[:, :, None, None], lowest)
         return both.flatten(1, 2)
 
@@ -74,54 +77,58 @@ class Recalled:
 def best_scores(
     codes: torch.Tensor,
     asked: torch.Tensor,
-    scale: float,
-    open: torch.Tensor,
+    shut: torch.Tensor,
     live: Sequence[int],
     real: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The largest log-probability that any query gives each archived token, up to one constant, float32.
+    """The largest log-probability that any query gives each archived token, up to one constant.
 
     A query's log-probabilities are over the archive alone, its normaliser estimated from a sample: logits of different
     queries and heads can't be compared, and the head with the largest would choose for all.
 
     Args:
         codes: `[batch, kv_heads, tokens, rank]`.
-        asked: queries in the codes' directions, float32 `[batch, kv_heads, queries, rank]`.
-        scale: what logits are multiplied by.
-        open: which tokens may be recalled, bool `[batch, kv_heads, tokens]`.
+        asked: queries in the codes' directions, times what logits are multiplied by, `[batch, kv_heads, queries, rank]`.
+        shut: 0 for tokens that may be recalled, `-inf` for others, `[batch, kv_heads, tokens]`.
         live: slots each row uses, of which the sample is taken: no row's choice depends on another row.
         real: which of the queries count, bool `[batch, queries]`; None where all do.
 
     Returns:
-        `[batch, kv_heads, tokens]`, `-inf` for those that may not.
+        `[batch, kv_heads, tokens]`, `-inf` for those that may not; bfloat16 where the codes are no floating numbers.
     """
     kind = codes.dtype if codes.dtype.is_floating_point else torch.bfloat16
-    asked = (asked * scale).to(kind).transpose(-1, -2)
-    tokens = codes.shape[2]
-    some, may = _sample(codes, open, live)
-    sample = (some.to(kind) @ asked).float().masked_fill(~may[..., None], -torch.inf)
+    asked, tokens = asked.to(kind), codes.shape[2]
+    block = max(256, _BLOCK_ELEMENTS // (asked.shape[2] * asked.shape[1])) if codes.device.type == "cpu" else tokens
+    # Tokens along the last axis: the maximum over queries is then one over whole rows.
+    whole = asked @ codes.to(kind).transpose(-1, -2) if block >= tokens else None
+    step = max(1, -(-live[0] // _SAMPLED))
+    if any(own != live[0] for own in live):
+        some, may = _sample(codes, shut, live)
+        sample = asked @ some.to(kind).transpose(-1, -2)
+    else:
+        sample = asked @ codes[:, :, ::step].to(kind).transpose(-1, -2) if whole is None else whole[..., ::step]
+        may = shut[:, :, ::step]
     # Where none of the sample may be recalled the query counts with what it gives.
-    normaliser = torch.nan_to_num(sample.logsumexp(2, keepdim=True), neginf=0.0)
+    normaliser = (sample.float() + may[:, :, None]).logsumexp(-1, keepdim=True).nan_to_num_(neginf=0.0)
     if real is not None:
-        normaliser = normaliser.masked_fill(~real[:, None, None], torch.inf)
-    block = max(256, _BLOCK_ELEMENTS // (asked.shape[-1] * asked.shape[1])) if codes.device.type == "cpu" else tokens
+        normaliser = normaliser.masked_fill(~real[:, None, :, None], torch.inf)
+    normaliser = normaliser.to(kind)
+    if whole is not None:
+        return whole.sub_(normaliser).amax(2).add_(shut)
     best = []
     for start in range(0, tokens, block):
-        scores = codes[:, :, start : start + block].to(kind) @ asked
-        best.append((scores - normaliser).amax(-1))
-    return torch.cat(best, dim=2).masked_fill(~open, -torch.inf)
+        scores = asked @ codes[:, :, start : start + block].to(kind).transpose(-1, -2)
+        best.append(scores.sub_(normaliser).amax(2))
+    return torch.cat(best, dim=2).add_(shut)
 
 
-def _sample(codes: torch.Tensor, open: torch.Tensor, live: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every so many codes of each row, at most `_SAMPLED`, and which of them may be recalled."""
-    if all(own == live[0] for own in live):
-        step = max(1, -(-live[0] // _SAMPLED))
-        return codes[:, :, ::step], open[:, :, ::step]
+def _sample(codes: torch.Tensor, shut: torch.Tensor, live: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every so many codes of each row, at most `_SAMPLED`, and which of them may be recalled, as `shut` says it."""
     steps = torch.tensor([max(1, -(-own // _SAMPLED)) for own in live])[:, None]
     at = torch.arange(_SAMPLED) * steps
-    within = (at < torch.tensor(list(live))[:, None])[:, None].to(codes.device)
+    beyond = (at >= torch.tensor(list(live))[:, None])[:, None].to(codes.device)
     at = at.clamp(max=codes.shape[2] - 1).to(codes.device)[:, None].expand(-1, codes.shape[1], -1)
-    return gather_tokens(codes, at), gather_tokens(open, at) & within
+    return gather_tokens(codes, at), gather_tokens(shut, at).masked_fill(beyond, -torch.inf)
 
 
 def chosen(best: torch.Tensor, budgets: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,12 +139,24 @@ def chosen(best: torch.Tensor, budgets: list[int]) -> tuple[torch.Tensor, torch.
     """
     width = min(max(budgets), best.shape[2])
     ragged = any(budget < width for budget in budgets)
-    score, slots = best.topk(width, dim=2, sorted=ragged)
+    score, slots = _largest(best, width, ragged)
     picked = score > -torch.inf
     if ragged:
         most = torch.tensor(budgets, device=picked.device)[:, None, None]
         picked = picked & (torch.arange(width, device=picked.device) < most)
     return slots, picked
+
+
+def _largest(best: torch.Tensor, width: int, sorted: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """`best.topk(width)`, over many tokens in two steps: the largest are among the columns with the largest maxima."""
+    columns = -(-best.shape[2] // _ROWS)
+    if columns < _LEAST_COLUMNS or columns < 2 * width:
+        return best.topk(width, dim=2, sorted=sorted)
+    table = torch.nn.functional.pad(best, (0, columns * _ROWS - best.shape[2]), value=-torch.inf)
+    _, at = table.unflatten(2, (_ROWS, columns)).amax(2).topk(width, dim=2, sorted=False)
+    slots = (at[:, :, None] + torch.arange(0, table.shape[2], columns, device=at.device)[:, None]).flatten(2)
+    score, among = table.gather(2, slots).topk(width, dim=2, sorted=sorted)
+    return score, slots.gather(2, among).clamp_(max=best.shape[2] - 1)
 
 
 def lighter(share: torch.Tensor, representative: torch.Tensor, picked: torch.Tensor, middle: int) -> torch.Tensor:
@@ -152,9 +171,10 @@ def lighter(share: torch.Tensor, representative: torch.Tensor, picked: torch.Ten
     """
     if not middle:
         return share.new_zeros(*share.shape[:2], 0, dtype=torch.float32)
-    share = share.float() * (picked & (representative >= 0))
-    gone = share.new_zeros(*share.shape[:2], middle).scatter_add_(2, representative.clamp_min(0), share)
-    return torch.log1p(-torch.where(gone > _ALL, 1.0, gone))
+    # The share of a token that nothing stands for is 0.
+    gone = share.float() * picked
+    left = gone.new_ones(*share.shape[:2], middle).scatter_add_(2, representative.clamp_min(0), gone.neg_())
+    return torch.nn.functional.threshold_(left, _NONE, 0.0).log_()
 
 
 def turned_queries(query: torch.Tensor, positions: torch.Tensor, rope: Rope | None) -> torch.Tensor:

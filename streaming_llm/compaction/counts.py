@@ -38,4 +38,8 @@ class Counts:
 
     def __add__(self, other: Counts) -> Counts:
         names = (item.name for item in dataclasses.fields(self))
-        return Counts(**{name: getattr(self, name) + getattr(other, name) for name in names})
+        return Counts(**{name: _sum(getattr(self, name), getattr(other, name)) for name in names})
+
+
+def _sum(own: torch.Tensor | int, other: torch.Tensor | int) -> torch.Tensor | int:
+    return own if isinstance(other, int) and not other else own + other

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -54,12 +54,15 @@ class Archive:
     shelves: Shelves
     links: Links
     start: int = 0
+    # Worked out of the links once, for all passes up to the next compaction.
+    _parts: dict[tuple[int, int], Archive] = field(init=False, repr=False, compare=False, default_factory=dict)
+    _shut: torch.Tensor | None = field(init=False, repr=False, compare=False, default=None)
 
     @classmethod
     def empty(cls, config: ADMSConfig, keys: torch.Tensor, values: torch.Tensor, layers: int) -> Archive:
         """An archive with no slots, for heads like those of `keys` and `values [batch, kv_heads, tokens, dim]`."""
         batch, heads, dim = keys.shape[0], keys.shape[1], keys.shape[3]
-        rows, rank, device = layers * batch, config.recall_rank, keys.device
+        rows, rank, device = layers * batch, config.code_rank(dim), keys.device
         codecs = (Codec(config.recall_bits, dim, keys.dtype), Codec(config.recall_bits, values.shape[3], values.dtype))
         shelves = Shelves.empty(codecs, rank, config.recall_store, rows, batch, heads, 0, device)
 
@@ -93,11 +96,25 @@ class Archive:
     def nbytes(self) -> dict[str, int]:
         """Bytes of what was archived, `archive`, and of what it is found by, `index`; this archive's part of each."""
         part = self.rows / max(1, self.shelves.rows)
-        return {"archive": int(self.shelves.nbytes * part), "index": int(self.shelves.code_bytes * part) + self.links.nbytes}
+        index = int(self.shelves.code_bytes * part) + self.links.nbytes + 2 * self.links.open.numel()
+        return {"archive": int(self.shelves.nbytes * part), "index": index}
 
     def part(self, start: int, stop: int) -> Archive:
         """The rows from `start` to `stop`, of the same shelves."""
-        return dataclasses.replace(self, links=self.links.map(lambda tensor: tensor[start:stop]), start=self.start + start)
+        if (start, stop) not in self._parts:
+            links = self.links.map(lambda tensor: tensor[start:stop])
+            part = dataclasses.replace(self, links=links, start=self.start + start)
+            part._shut = None if self._shut is None else self._shut[start:stop]
+            self._parts[start, stop] = part
+        return self._parts[start, stop]
+
+    @property
+    def shut(self) -> torch.Tensor:
+        """`links.open` as what is added to scores: 0, or `-inf` for what may not be recalled."""
+        if self._shut is None:
+            kept = torch.zeros(self.links.open.shape, dtype=torch.bfloat16, device=self.links.open.device)
+            self._shut = kept.masked_fill_(~self.links.open, -torch.inf)
+        return self._shut
 
     def select(self, index: torch.Tensor, batch: Sequence[int]) -> Archive:
         """A copy with the rows `index` of the tensors, which are rows `batch` of a batch."""
@@ -155,24 +172,22 @@ class Archive:
     # -- what is found and read ------------------------------------------------------------------------------------------
 
     def scores(
-        self, query: torch.Tensor, basis: torch.Tensor, scale: float, live: Sequence[int], real: torch.Tensor | None
+        self, query: torch.Tensor, basis: torch.Tensor, live: Sequence[int], real: torch.Tensor | None
     ) -> torch.Tensor:
         """`best_scores` of the tokens in the slots that rows use (`live` of each), `[batch, kv_heads, longest]`.
 
         Args:
             query: `[batch, heads, new, head_dim]`; basis: `[batch, kv_heads, head_dim, rank]`; one of the two is turned to
-                the one distance. scale: what logits are multiplied by.
+                the one distance, and the basis is times what logits and codes are multiplied by.
             real: which of the new are no padding, bool `[batch, new]`; None where all are.
         """
-        links, heads = self.links, self.links.share.shape[1]
+        heads = self.links.share.shape[1]
         groups = query.shape[1] // heads
         asked = query.unflatten(1, (heads, groups)).flatten(2, 3).float() @ basis
-        if not self.shelves.floating:
-            asked = asked * links.step
         real = None if real is None else real.repeat(1, groups)
         longest = max(live)
         codes = self.shelves.codes[self.start : self.start + self.rows, :, :longest]
-        return best_scores(codes, asked, scale, links.open[:, :, :longest], live, real)
+        return best_scores(codes, asked, self.shut[:, :, :longest], live, real)
 
     def read(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys, values, shares and representatives of the tokens in `slots [batch, kv_heads, n]`."""
@@ -288,7 +303,7 @@ class Archive:
         shelf = slice(self.start, self.start + self.rows) if index is None else index + self.start
         if archived == 0:
             every = held.keys.float() if rope is None or not rope.rotates else rope.move(held.keys.float(), held.pos, 0)
-            basis, mean, step = fit(every, self.config.recall_rank, self.shelves.floating)
+            basis, mean, step = fit(every, basis.shape[-1], self.shelves.floating)
         codes = coded(unrotated, basis, mean, step, self.shelves.floating)
         self.shelves.write(shelf, batch, index_at, tokens, codes, moved)
         if middle.length and len(numbers):

@@ -138,10 +138,10 @@ class Shelves:
 
     def read(self, start: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values in `slots [rows, kv_heads, n]` of the rows from `start` on, on the device."""
+        known: dict[int, torch.Tensor] = {}
+        at = slots.to(self.keys[0].device)
         return tuple(
-            codec.decode(
-                [gather_tokens(own[start : start + slots.shape[0]], slots.to(own.device)).to(self.device) for own in kept]
-            )
+            codec.decode([gather_tokens(own[start : start + slots.shape[0]], at, known).to(self.device) for own in kept])
             for codec, kept in zip(self.codecs, (self.keys, self.values), strict=True)
         )
 

@@ -29,7 +29,7 @@ class RecallPass:
         # Where the ring has turned, what is left is anywhere in it.
         self.live = [min(stack.archive.slots, row.archived) for row in stack.rows]
         self.recalled: dict[int, Recalled] = {}
-        self._basis: torch.Tensor | None = None
+        self._bases: dict[float, torch.Tensor] = {}
 
     @classmethod
     def of(cls, stack: Stack, arrival: Arrival, positions: torch.Tensor, real: torch.Tensor | None) -> RecallPass | None:
@@ -69,15 +69,17 @@ class RecallPass:
     def _scores(self, layer: int, archive: Archive, query: torch.Tensor, scale: float) -> torch.Tensor:
         """How much each archived token is asked for, `[batch, kv_heads, tokens]`."""
         rope, real = self.stack.rope, self.real
-        if query.shape[2] == 1:
-            if self._basis is None:
+        if scale not in self._bases:
+            links = self.stack.archive.links
+            basis = links.basis * (links.step * scale)
+            if query.shape[2] == 1:
                 rows = len(self.stack.layers) if len(self.positions) > 1 else 1
-                self._basis = turned_basis(self.stack.archive.links.basis, self.positions.repeat(rows, 1), rope)
-            basis = self.stack.of_layer(layer, self._basis)
-        else:
+                basis = turned_basis(basis, self.positions.repeat(rows, 1), rope)
+            self._bases[scale] = basis
+        if query.shape[2] > 1:
             query, positions, real = asking(query, self.positions, real)
-            query, basis = turned_queries(query, positions, rope), archive.links.basis
-        return archive.scores(query, basis, scale, self.live, real)
+            query = turned_queries(query, positions, rope)
+        return archive.scores(query, self.stack.of_layer(layer, self._bases[scale]), self.live, real)
 
     def _beside(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor, start: int
