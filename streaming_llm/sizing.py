@@ -283,8 +283,8 @@ class ModelShape:
             raise TypeError(f"model_config is a {type(model_config).__name__} and must be a model's config, model.config")
         heads = text.num_attention_heads
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
-        if text.model_type == "falcon" and text.multi_query and not text.new_decoder_architecture:
-            kv_heads = 1  # the new architecture has fewer KV heads than query heads too, but copies each for the cache
+        if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+            kv_heads = 1  # Falcon's new architecture has fewer KV heads than query heads too, but copies each for the cache
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
         if dtype is None:
             dtype = getattr(text, "dtype", None) or torch.float32

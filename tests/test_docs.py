@@ -27,6 +27,7 @@ from streaming_llm.evaluation.comparison import Comparison, EveryMethod
 from streaming_llm.evaluation.long_stream import LongStream
 from streaming_llm.evaluation.passkey import Passkey
 from streaming_llm.evaluation.soak import Soak
+from streaming_llm.model.families import FAMILIES
 from streaming_llm.sizing import BOOKKEEPING_BYTES, ORIGINAL_BYTES
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +47,15 @@ def chat_script():
 
 def model_types() -> str:
     return ", ".join(f"`{name}`" for name in SUPPORTED_MODEL_TYPES)
+
+
+def refused_types() -> str:
+    """Those that can't be, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, family in sorted(FAMILIES.items()):
+        if family.refused:
+            reasons.setdefault(family.refused, []).append(f"`{name}`")
+    return "\n" + "".join(f"- {', '.join(names)}: {reason}\n" for reason, names in reasons.items())
 
 
 def rope_types() -> str:
@@ -76,6 +86,7 @@ def chat_flags():
 
 MADE_FROM_CODE = {
     ("README.md", "model types"): model_types,
+    ("README.md", "refused types"): refused_types,
     ("README.md", "rope types"): rope_types,
     ("README.md", "vision types"): lambda: composite_types("vision"),
     ("README.md", "audio types"): lambda: composite_types("audio"),

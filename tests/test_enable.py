@@ -10,10 +10,9 @@ import pytest
 import torch
 import transformers
 from conftest import make_tiny_llama, stream, token_ids
-from transformers import BertConfig, BertModel, DynamicCache, GenerationConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import BertConfig, BertModel, DynamicCache, GenerationConfig, LlamaForCausalLM
 
 from streaming_llm import (
-    SUPPORTED_MODEL_TYPES,
     ADMSConfig,
     ADMSKVCache,
     ADMSLayer,
@@ -133,14 +132,7 @@ def test_a_wrong_setting_is_refused_and_nothing_changed(tiny_llama, wrong):
     assert not is_enabled(tiny_llama) and tiny_llama.config._attn_implementation == "sdpa"
 
 
-def test_an_unsupported_family_is_refused_by_name_with_the_list():
-    config = OPTConfig(
-        vocab_size=32, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16
-    )
-    with pytest.raises(ValueError) as error:
-        enable_adms_llm(OPTForCausalLM(config))
-    assert "'opt'" in str(error.value)
-    assert all(name in str(error.value) for name in SUPPORTED_MODEL_TYPES)
+def test_a_model_without_a_cache_of_its_text_is_refused_by_name():
     bert = BertModel(BertConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                                 num_attention_heads=2))  # fmt: skip
     with pytest.raises(ValueError, match="'bert'"):

@@ -1,4 +1,4 @@
-"""Every model family the list names, with tiny random weights: equal below the bound, finite and bounded past it."""
+"""Families that differ in kind, with tiny random weights and in all variants; `test_family_modes.py` has every type."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from conftest import stream, token_ids
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from streaming_llm import SUPPORTED_MODEL_TYPES, ADMSConfig, ADMSKVCache, ADMSLayer, disable_adms_llm, enable_adms_llm
+from streaming_llm import ADMSConfig, ADMSKVCache, ADMSLayer, disable_adms_llm, enable_adms_llm
 
 SMALL = {"start_size": 2, "recent_size": 16, "compressed_budget": 12, "compression_interval": 8, "rank": 8}
 LLAMA_LIKE = {
@@ -95,10 +95,6 @@ def make(name: str, implementation: str | None = None, **chosen):
     if implementation is not None:
         model.set_attn_implementation(implementation)
     return model
-
-
-def test_every_family_of_the_list_is_tested_here():
-    assert sorted(FAMILIES) == sorted(SUPPORTED_MODEL_TYPES)
 
 
 @pytest.mark.parametrize("name,implementation", EVERYTHING)
@@ -296,6 +292,6 @@ def test_what_has_no_keys_to_compact_is_refused_by_name_before_anything_changes(
     config_class, model_class, settings = UNSUPPORTED[name]
     model = getattr(transformers, model_class)(getattr(transformers, config_class)(**settings))
     before = set(model.__dict__)
-    with pytest.raises(ValueError, match=f"'{model.config.model_type}' can't be enabled; supported are falcon, "):
+    with pytest.raises(ValueError, match=f"'{model.config.model_type}' can't be enabled: it"):
         enable_adms_llm(model)
     assert set(model.__dict__) == before

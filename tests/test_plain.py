@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from streaming_llm import ADMSConfig, ADMSLayer, enable_adms_llm
 from streaming_llm.data.tokens import TIER_NAMES
-from streaming_llm.model.families import SDPA_ITSELF
+from streaming_llm.model.families import family_of
 
 SMALL = {
     "start_size": 2, "recent_size": 12, "compressed_budget": 10, "compression_interval": 8, "rank": 6,
@@ -85,7 +85,7 @@ def compared(model, ids: torch.Tensor, chunks, **chosen) -> plain.PlainCache:
 # -- the reference itself ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in SDPA_ITSELF])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if not family_of(name).calls_sdpa])
 def test_the_reference_without_compaction_is_the_model(name):
     model, ids = family(name), token_ids(50)
     expected = batched(model, ids, 7, DynamicCache(config=model.config))

@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..attend.kernels import WIDE_MASKS, attend_weighted, packed_sdpa
 from ..layer import ADMSLayer
-from .families import SDPA_ITSELF
+from .families import family_of
 
 PREFIX = "adms_"
 BASES = ("eager", "sdpa")
@@ -156,7 +156,7 @@ class AttendedKeys(torch.Tensor):
 def check_attention(text: PreTrainedConfig) -> None:
     """Refuse a text model's attention implementation that can't be shown the tokens' log-mass."""
     implementation = text._attn_implementation or "eager"
-    if text.model_type in SDPA_ITSELF and implementation != "sdpa":
+    if family_of(text.model_type).calls_sdpa and implementation != "sdpa":
         raise ValueError(
             f"attention implementation {implementation!r} of model type {text.model_type!r} has no place for log-mass; load "
             "the model with attn_implementation='sdpa'"

@@ -18,22 +18,27 @@ from ..data.rope import Rope
 from ..stream.positions import PositionWindow
 from .attention import WiredConfig, check_attention, register
 from .facts import cache_argument, use_with
-from .families import LEARNED_POSITIONS, SDPA_ITSELF, SUPPORTED_MODEL_TYPES
+from .families import FAMILIES, family_of
 from .hooks import STATE, after_forward, before_forward, before_logits, begin_generation, generate, prepare_inputs
 from .parallel import ranks_of
+from .probe import probe_model
 from .rope_reading import rope_layers
 from .wrappers import find_decoder, open_model
 
 # Layers compacted in one call on a CPU: as many as stay in its caches. On an accelerator a compaction is bound by the number
 # of kernels, not by their size: all go at once.
 _CPU_LAYERS = 8
+# What `probe` may be.
+PROBES = (None, "auto", "always", False)
 # Threads may enable one model at the same time: it is wired once.
 _WIRING = threading.RLock()
 
 logger = logging.getLogger("streaming_llm")
 
 
-def enable_adms_llm(model: PreTrainedModel, config: ADMSConfig | None = None, **settings: Any) -> ADMSKVCache:
+def enable_adms_llm(
+    model: PreTrainedModel, config: ADMSConfig | None = None, *, probe: str | bool | None = None, **settings: Any
+) -> ADMSKVCache:
     """Wire a model for the cache and return a new one: `model.generate(**inputs, past_key_values=cache)`.
 
     The model's attention implementation (eager or sdpa) is wrapped through transformers' `AttentionInterface`; with any
@@ -41,18 +46,20 @@ def enable_adms_llm(model: PreTrainedModel, config: ADMSConfig | None = None, **
     earlier stay usable.
 
     Args:
-        model: a causal language model of a supported family, or a module that holds one (peft's, torch.compile's).
+        model: a causal language model, or a module that holds one (peft's, torch.compile's).
+        probe: whether to try the model itself before it is wired, in under a second for a small one, and refuse it with the
+            reason where a check fails. None or "auto": only a type that was not tested; "always": any; False: none.
         config: the settings as a whole, or
         **settings: each by its name in `ADMSConfig`; an unknown one raises `ValueError` naming it.
 
     Raises:
-        ValueError: unknown or wrong setting, unsupported model family or attention implementation.
+        ValueError: unknown or wrong setting, a model type or attention implementation that can't be, or a failed probe.
         TypeError: no model, or a module that holds several. Nothing has changed after either.
     """
     if config is not None and settings:
         raise ValueError(f"config and the settings {', '.join(settings)} were both given: pass one or the other")
     config = ADMSConfig(**settings) if config is None else ADMSConfig.check(config)
-    model = check_model(model)
+    model = check_model(model, probe)
     cache = make_cache(model, config, explicit=bool(settings.get("enable_position_calibration")))
     wire(model, cache)
     return cache
@@ -105,21 +112,51 @@ def is_enabled(model: PreTrainedModel) -> bool:
     return STATE in find_decoder(open_model(model)).__dict__
 
 
-def check_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The model itself, out of what is around it, where it can be wired; `TypeError` or `ValueError` where it can't."""
+def check_model(model: PreTrainedModel, probe: str | bool | None = None) -> PreTrainedModel:
+    """The model itself, out of what is around it, where it can be wired; `TypeError` or `ValueError` where it can't.
+
+    Args:
+        probe: as for `enable_adms_llm`. A model that is wired already was probed then.
+    """
+    if probe not in PROBES or probe == 0 and probe is not False:
+        raise ValueError(f"probe={probe!r} must be one of {', '.join(map(repr, PROBES))}")
     model = open_model(model)
     text = model.config.get_text_config()
-    if model.config.model_type not in SUPPORTED_MODEL_TYPES and text.model_type not in SUPPORTED_MODEL_TYPES:
-        raise ValueError(
-            f"model type {model.config.model_type!r} can't be enabled; supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
-        )
+    for kind in (model.config.model_type, text.model_type):
+        if family_of(kind).refused:
+            raise ValueError(f"model type {kind!r} can't be enabled: {family_of(kind).refused}")
+    if model.config.is_encoder_decoder:
+        kind = model.config.model_type
+        raise ValueError(f"model type {kind!r} can't be enabled: {family_of('t5').refused}")
     check_attention(text)
     if getattr(text, "alibi", False):
         raise ValueError(
             f"model type {text.model_type!r} with alibi=True can't be enabled: it counts distances by index in the cache, "
             "which compaction changes; use a checkpoint with RoPE (alibi=False)"
         )
+    tested = model.config.model_type in FAMILIES or text.model_type in FAMILIES
+    if probe == "always" or (probe is not False and not tested and not is_enabled(model)):
+        _probe(model)
+    if not tested and not is_enabled(model):
+        how = "neither tested nor probed" if probe is False else "probed, not tested: it passed every check of the probe"
+        logger.warning("model type %r was %s", model.config.model_type, how)
     return model
+
+
+def _probe(model: PreTrainedModel) -> None:
+    """See `probe_model`; a model that was not wired is not, afterwards."""
+
+    def cached(config: ADMSConfig) -> ADMSKVCache:
+        cache = make_cache(model, config)
+        wire(model, cache)
+        return cache
+
+    wired = is_enabled(model)
+    try:
+        probe_model(model, cached)
+    finally:
+        if not wired:
+            disable_adms_llm(model)
 
 
 def make_cache(model: PreTrainedModel, config: ADMSConfig, explicit: bool = False) -> ADMSKVCache:
@@ -194,7 +231,8 @@ def _window(
         kind = next(rope.rope_type for rope in ropes if rope.stable_length is not None)
         why = f"rope_type {kind!r} has other frequencies there, which stored keys do not fit: use position_policy='auto'"
         return PositionWindow("absolute", min(stable), why)
-    if ropes is None and policy == "absolute" and model.config.model_type not in LEARNED_POSITIONS:
+    learned = text.model_type not in FAMILIES or family_of(text.model_type).learned_positions
+    if ropes is None and policy == "absolute" and not learned:
         return PositionWindow("absolute")
     return PositionWindow(policy, min([*([] if trained is None else [trained]), *stable], default=None), reason)
 
@@ -234,7 +272,7 @@ def _wire_decoder(decoder: torch.nn.Module, cache: ADMSKVCache) -> None:
     register()
     handles.append(decoder.register_forward_pre_hook(before_forward, with_kwargs=True))
     handles.append(decoder.register_forward_hook(after_forward, with_kwargs=True, always_call=True))
-    if decoder.config.model_type in SDPA_ITSELF:
+    if family_of(decoder.config.model_type).calls_sdpa:
         return
     wired = WiredConfig(decoder.config)
     for module in decoder.modules():

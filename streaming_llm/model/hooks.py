@@ -12,7 +12,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from ..cache import ADMSKVCache
 from .attention import AttendedKeys, check_attention
 from .facts import use_with
-from .families import CACHE_DROPPED, SDPA_ITSELF
+from .families import family_of
 from .rope_reading import restore_frequencies
 
 # Where a wired module keeps what was done to it, and the name of its argument for the cache.
@@ -54,7 +54,7 @@ def prepare_inputs(model: PreTrainedModel, input_ids: torch.Tensor, *args, **kwa
         # Assisted generation gives the whole text again to a cache that has seen most of it (transformers 5.23).
         if positions is not None and positions.shape[-1] == length and not positions[..., 0].any():
             kwargs["next_sequence_length"] = length - seen
-    if model.config.model_type in CACHE_DROPPED:
+    if family_of(model.config.get_text_config().model_type).cache_dropped:
         own = GenerationMixin.prepare_inputs_for_generation
     return own(model, input_ids, *args, **kwargs)
 
@@ -140,7 +140,7 @@ def before_forward(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[
         raise ValueError("DataParallel has several threads fill one cache: use the model it holds (.module) instead")
     check_attention(module.config)
     cache.seen_tokens.check_reader(module)
-    cache.keys_as = AttendedKeys.of if module.config.model_type in SDPA_ITSELF else None
+    cache.keys_as = AttendedKeys.of if family_of(module.config.model_type).calls_sdpa else None
     if cache.changing_frequencies:
         restore_frequencies(module)
     own = given.get("attention_mask")

@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from ..data.autograd import autocast_dtype
 from ..data.rope import Rope
 from .facts import cache_argument
-from .families import SLIDING_LAYERS_ONLY
+from .families import family_of
 from .wrappers import find_decoder
 
 SUPPORTED_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional")
@@ -179,7 +179,7 @@ def check_rope(model: nn.Module, ropes: Sequence[Rope]) -> None:
     far = min(998, getattr(config, "max_position_embeddings", None) or 998, *lengths) - 1
     cache = DynamicCache(config=config)
     try:
-        with torch.no_grad(), _evaluating(decoder):
+        with torch.no_grad(), evaluating(decoder):
             decoder(
                 # From the middle of the vocabulary: its ends hold padding and reserved tokens, which may embed to 0.
                 input_ids=torch.full((2, 1), config.vocab_size // 2, device=device),
@@ -275,7 +275,7 @@ def _layer_rotates(config: Any, index: int) -> bool:
     rotating = getattr(config, "no_rope_layers", None)  # SmolLM3; 1 means RoPE, whatever the name says
     if rotating:
         return bool(rotating[index])
-    if config.model_type in SLIDING_LAYERS_ONLY and getattr(config, "sliding_window", None) is not None:
+    if family_of(config.model_type).rotates_sliding_only and getattr(config, "sliding_window", None) is not None:
         return config.layer_types[index] == "sliding_attention"
     return True
 
@@ -331,7 +331,7 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @contextlib.contextmanager
-def _evaluating(module: nn.Module):
+def evaluating(module: nn.Module):
     """Dropout off in `module`, and each part back in its own mode afterwards."""
     training = [part for part in module.modules() if part.training]
     for part in training:
