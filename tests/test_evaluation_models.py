@@ -250,7 +250,8 @@ def test_gemmas_tokenizer_merges_by_score_and_begins_with_bos(tmp_path):
     told = ["ab", "c", "▁ab", "▁▁", "bc", "\n", "<0xC3>", "<0xA9>", "c", "b"]
     for tokenizer in (made, AutoTokenizer.from_pretrained(tmp_path)):
         ids = tokenizer(text)["input_ids"]
-        assert tokenizer.convert_ids_to_tokens(ids) == ["<bos>", *told]
+        # One release of the tokenizers library shows a run of spaces as it is, another with their signs.
+        assert [token.replace(" ", "▁") for token in tokenizer.convert_ids_to_tokens(ids)] == ["<bos>", *told]
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
         assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids[1:]
         assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 1, 0)
