@@ -53,10 +53,20 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture(scope="session")
 def smol():
     """`(model, tokenizer)` of SmolLM2-135M-Instruct in float32 on the CPU; fetched once into the user's cache."""
+    return real_model()
+
+
+@pytest.fixture(scope="session")
+def gemma():
+    """`(model, tokenizer)` of Gemma 3 270M in float32 on the CPU; fetched once into the user's cache."""
+    return real_model("gemma3-270m")
+
+
+def real_model(name: str | None = None):
     from streaming_llm.evaluation import EvaluationError, load_model
 
     try:
-        return load_model(device="cpu")
+        return load_model(name, device="cpu")
     except EvaluationError as error:
         # A machine without a registry can still run the rest; a CI run that skips these would prove nothing.
         if os.environ.get("CI", "").lower() in ("1", "true"):

