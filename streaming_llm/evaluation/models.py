@@ -30,6 +30,8 @@ PACKAGE_VERSION = "0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 MODEL_NAME = "SmolLM2-135M-Instruct"
+# What it is called where a name has to be given.
+SHORT_NAME = "smollm2"
 # Part of the folder's name: raise it when the conversion changes, or an older conversion is taken for a new one.
 CONVERSION = 1
 
@@ -66,14 +68,14 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 def load_model(name_or_path: str | None = None, dtype: str = "float32", device: str | torch.device = "auto"):
     """Load a causal language model and its tokenizer, ready for inference.
 
-    `name_or_path`: None for SmolLM2-135M-Instruct (see the top of this file), a hub name, a local folder, or a GGUF
-    file. `dtype`: one of `DTYPES`. Returns `(model, tokenizer)`, the model on `device` and in eval mode.
+    `name_or_path`: None or "smollm2" for SmolLM2-135M-Instruct (see the top of this file), a hub name, a local folder, or
+    a GGUF file. `dtype`: one of `DTYPES`. Returns `(model, tokenizer)`, the model on `device` and in eval mode.
     Raises `EvaluationError` where weights can't be had, `ValueError` for a wrong dtype or device.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not known; choose one of {', '.join(DTYPES)}")
     device = resolve_device(device)
-    if name_or_path is None:
+    if name_or_path in (None, SHORT_NAME):
         model, tokenizer = _load_folder(default_model_folder(), dtype)
     elif name_or_path.lower().endswith(".gguf"):
         path = Path(name_or_path).expanduser()
