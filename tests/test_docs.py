@@ -25,7 +25,9 @@ from streaming_llm.evaluation.ablation import Ablation
 from streaming_llm.evaluation.cases import Cases
 from streaming_llm.evaluation.comparison import Comparison, EveryMethod
 from streaming_llm.evaluation.long_stream import LongStream
+from streaming_llm.evaluation.memory import Memory
 from streaming_llm.evaluation.passkey import Passkey
+from streaming_llm.evaluation.ruler import Ruler
 from streaming_llm.evaluation.soak import Soak
 from streaming_llm.model.families import FAMILIES
 from streaming_llm.sizing import BOOKKEEPING_BYTES, ORIGINAL_BYTES
@@ -75,7 +77,10 @@ def flag_table(flags) -> str:
     return "\n".join(rows)
 
 
-RUNS = {f"examples/{run.prog}": run for run in (Comparison, EveryMethod, Ablation, LongStream, Passkey, Soak, Cases)}
+RUNS = (Comparison, EveryMethod, Ablation, LongStream, Passkey, Soak, Cases, Memory, Ruler)
+RUNS = {f"examples/{run.prog}": run for run in RUNS}
+# Flags of lm-eval's command.
+LM_EVAL = {"model", "model_args", "tasks", "limit", "metadata", "include_path", "apply_chat_template"}
 
 
 def chat_flags():
@@ -152,7 +157,7 @@ def test_what_is_made_from_the_code_is_what_the_code_says(document, part):
 
 def test_every_flag_in_the_documents_exists():
     flags = {name for run in RUNS.values() for name in run.parser().flags()}
-    allowed = {*flags, *(f"no-{name}" for name in flags), *chat_flags(), "help"}
+    allowed = {*flags, *(f"no-{name}" for name in flags), *chat_flags(), *LM_EVAL, "help"}
     for document in DOCUMENTS:
         lines = [line for line in read(document).splitlines() if "pip " not in line]
         named = set(re.findall(r"(?<![\w<!-])--([a-z][\w-]*)", "\n".join(lines)))

@@ -16,8 +16,11 @@ class EvaluationError(RuntimeError):
     """Weights, a text or a package can't be had, or the logits are unusable; the message says what to do."""
 
 
-def require(*modules: str) -> None:
-    """Import the optional packages a step needs, or raise `EvaluationError` naming those that are missing."""
+def require(*modules: str, extra: str = "eval") -> None:
+    """Import the optional packages a step needs, or raise `EvaluationError` naming those that are missing.
+
+    `extra`: the extra of this package that brings them.
+    """
     missing = []
     for name in modules:
         try:
@@ -27,7 +30,7 @@ def require(*modules: str) -> None:
     if missing:
         raise EvaluationError(
             f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} needed here and not installed: "
-            'install the evaluation extra, pip install "streaming-llm[eval]" (or pip install -e ".[eval]" in a clone)'
+            f'install the extra {extra}, pip install "streaming-llm[{extra}]" (or pip install -e ".[{extra}]" in a clone)'
         )
 
 
