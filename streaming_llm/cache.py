@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
@@ -28,6 +28,11 @@ from .stats import StatsMixin
 from .stream.positions import PositionWindow
 from .stream.ranks import Ranks
 from .stream.stream import Stream
+
+if TYPE_CHECKING:
+    import os
+
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +79,11 @@ class ADMSKVCache(
         profile: set to True to have `compaction_seconds` count the time compaction takes (waits for the device).
     """
 
-    # Given by session.py, which stands above: it wires the model that a file is loaded for.
-    save: Callable[..., None]
-    load: Callable[..., ADMSKVCache]
+    if TYPE_CHECKING:
+        # Given by session.py, which stands above: it wires the model that a file is loaded for.
+        def save(self, path: str | os.PathLike[str]) -> None: ...
+        @staticmethod
+        def load(path: str | os.PathLike[str], model: PreTrainedModel, config: ADMSConfig | None = None) -> ADMSKVCache: ...
 
     def __init__(
         self,

@@ -7,12 +7,16 @@ import dataclasses
 import logging
 import math
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
 from .registry import get_compressor
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Per-token bookkeeping beside key and value: log-mass, position, score, mass, square (float32), count (int32), tier (int8).
 BOOKKEEPING_BYTES = 6 * 4 + 1
@@ -145,7 +149,12 @@ class Sizes:
 
     @classmethod
     def from_memory(
-        cls: type[Config], model_config: Any, bytes: int, dtype: Any = None, batch_size: int = 1, **settings: Any
+        cls: type[Config],
+        model_config: Any,
+        bytes: int,
+        dtype: Any = None,
+        batch_size: int = 1,
+        **settings: Unpack[Settings],
     ) -> Config:
         """The largest cache of the given shape that fits into `bytes`, however long the stream (`memory_bytes(moved=True)`).
 

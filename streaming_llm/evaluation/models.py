@@ -20,6 +20,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import EvaluationError, require
 
@@ -63,7 +64,9 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     return resolved
 
 
-def load_model(name_or_path: str | None = None, dtype: str = "float32", device: str | torch.device = "auto"):
+def load_model(
+    name_or_path: str | None = None, dtype: str = "float32", device: str | torch.device = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, ready for inference.
 
     `name_or_path`: None for SmolLM2-135M-Instruct (see the top of this file), a hub name, a local folder, or a GGUF

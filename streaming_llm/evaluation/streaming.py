@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedModel
 
 from ..model.facts import cache_argument
 from .errors import EvaluationError, check_least
@@ -99,7 +100,7 @@ def default_score_from(tokens: int) -> int:
 
 @torch.no_grad()
 def lockstep(
-    model, token_ids: torch.Tensor, caches: Mapping[str, Any], chunk_size: int, first_row: int = 0
+    model: PreTrainedModel, token_ids: torch.Tensor, caches: Mapping[str, Any], chunk_size: int, first_row: int = 0
 ) -> Iterator[Chunk]:
     """Feed `token_ids` `[tokens]` to every cache, a chunk at a time, and yield each method's logits for it.
 
@@ -153,7 +154,7 @@ def predictions(
 
 
 def evaluate_streams(
-    model,
+    model: PreTrainedModel,
     streams: Sequence[torch.Tensor],
     methods: Mapping[str, CacheFactory],
     *,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # Model types whose attention was tested with the cache (tests/test_families.py holds the list to its word).
-SUPPORTED_MODEL_TYPES = (
+SUPPORTED_MODEL_TYPES: tuple[str, ...] = (
     "falcon",
     "gemma2",
     "gemma3_text",
