@@ -23,6 +23,7 @@ from .layer import ADMSLayer
 from .recalled import RecalledMixin
 from .rows import RowsMixin
 from .seen import SeenMixin, SeenTokens
+from .shown import ShownMixin
 from .sizing import layer_windows
 from .stats import StatsMixin
 from .stream.positions import PositionWindow
@@ -54,6 +55,7 @@ class ADMSKVCache(
     ControllerMixin,
     ByHandMixin,
     StatsMixin,
+    ShownMixin,
     SeenMixin,
     RecalledMixin,
     ForwardMixin,
@@ -347,9 +349,6 @@ class ADMSKVCache(
     def compaction_seconds(self) -> float:
         """Seconds spent on scoring and compaction since the cache was made, while `profile` was on."""
         return self.stream.clock.seconds
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(seen={self.get_seq_length()}, layers={len(self.layers)}, config={self.config})"
 
 
 def _refused(name: str) -> property:

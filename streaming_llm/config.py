@@ -73,7 +73,7 @@ def _by_name(cls: Class) -> Class:
 
 
 @_by_name
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ADMSConfig(Sizes):
     """Settings of an `ADMSKVCache`, fixed once made. All counts are tokens per (layer, KV head).
 
@@ -260,6 +260,15 @@ class ADMSConfig(Sizes):
         """The settings as a Markdown table: name, default, meaning."""
         rows = [f"| `{f.name}` | {f.default} | {f.metadata['help']} |" for f in dataclasses.fields(cls)]
         return "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows])
+
+    def changed(self) -> dict[str, Any]:
+        """The settings that make it out of the defaults: those that differ, and the budgets of modules that are on."""
+        budgets = [budget for switch, (budget, _) in MODULE_BUDGETS.items() if getattr(self, switch)]
+        values = {item.name: (getattr(self, item.name), item.default) for item in dataclasses.fields(self)}
+        return {name: value for name, (value, default) in values.items() if value != default or name in budgets}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.changed().items())})"
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain values."""
