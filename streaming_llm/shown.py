@@ -13,13 +13,13 @@ from .stats import format_bytes
 
 # The archive and what it is found by are shown apart from what is attended to.
 _ARCHIVE = ("archive", "index")
-# Okabe and Ito's colours, as in the plots of the evaluation.
+# Okabe and Ito's colours, neighbours of different lightness; the pictures of the evaluation have them too.
 TIER_COLOURS = {
     "sink": "#000000",
     "exact": "#0072B2",
     "precision": "#56B4E9",
-    "sketch": "#E69F00",
-    "replay": "#CC79A7",
+    "sketch": "#D55E00",
+    "replay": "#E69F00",
     "recent": "#009E73",
 }
 
