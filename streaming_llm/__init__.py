@@ -16,6 +16,7 @@ from .model.enable import (
     enable_streaming_llm,
 )
 from .model.families import SUPPORTED_MODEL_TYPES
+from .settings import Settings
 from .stream.arrival import NonFiniteError
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "NonFiniteError",
     "Queries",
     "Reference",
+    "Settings",
     "WeightedTokens",
     "disable_adms_llm",
     "enable_adms_llm",

@@ -6,7 +6,7 @@ without a middle (`enable_streaming_llm`).
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from transformers import PreTrainedModel
@@ -14,10 +14,14 @@ from transformers import PreTrainedModel
 from .cache import ADMSKVCache
 from .compressors import register_compressor
 from .compressors.base import Compressor, Reference, reference_probabilities
-from .config import ADMSConfig
+from .config import ADMSConfig, tell_settings
 from .data.select import top_in_order
 from .data.tokens import WeightedTokens
 from .model.enable import enable_adms_llm, enable_streaming_llm
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Eviction(Compressor):
@@ -87,7 +91,8 @@ for _name, _policy in BASELINES.items():
         register_compressor(_name, _policy)
 
 
-def enable_baseline(model: PreTrainedModel, name: str, **settings: Any) -> ADMSKVCache:
+@tell_settings(without=("compressor_type", "importance_ratio", "min_importance_tokens"))
+def enable_baseline(model: PreTrainedModel, name: str, **settings: Unpack[Settings]) -> ADMSKVCache:
     """Wire a model for one of `BASELINES` and return its cache.
 
     `compressed_budget` is the number of middle tokens the method may choose; StreamingLLM, which chooses none, gets them as

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
@@ -23,11 +23,17 @@ from .layer import ADMSLayer
 from .recalled import RecalledMixin
 from .rows import RowsMixin
 from .seen import SeenMixin, SeenTokens
+from .shown import ShownMixin
 from .sizing import layer_windows
 from .stats import StatsMixin
 from .stream.positions import PositionWindow
 from .stream.ranks import Ranks
 from .stream.stream import Stream
+
+if TYPE_CHECKING:
+    import os
+
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +55,7 @@ class ADMSKVCache(
     ControllerMixin,
     ByHandMixin,
     StatsMixin,
+    ShownMixin,
     SeenMixin,
     RecalledMixin,
     ForwardMixin,
@@ -74,9 +81,11 @@ class ADMSKVCache(
         profile: set to True to have `compaction_seconds` count the time compaction takes (waits for the device).
     """
 
-    # Given by session.py, which stands above: it wires the model that a file is loaded for.
-    save: Callable[..., None]
-    load: Callable[..., ADMSKVCache]
+    if TYPE_CHECKING:
+        # Given by session.py, which stands above: it wires the model that a file is loaded for.
+        def save(self, path: str | os.PathLike[str]) -> None: ...
+        @staticmethod
+        def load(path: str | os.PathLike[str], model: PreTrainedModel, config: ADMSConfig | None = None) -> ADMSKVCache: ...
 
     def __init__(
         self,
@@ -340,9 +349,6 @@ class ADMSKVCache(
     def compaction_seconds(self) -> float:
         """Seconds spent on scoring and compaction since the cache was made, while `profile` was on."""
         return self.stream.clock.seconds
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(seen={self.get_seq_length()}, layers={len(self.layers)}, config={self.config})"
 
 
 def _refused(name: str) -> property:

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TemperatureLo
 
 from .cache import ADMSKVCache
 from .data.tokens import EXACT, PRECISION, RECENT, REPLAY, SINK, SKETCH, TIER_NAMES
-from .layer import ADMSLayer
 from .model.facts import cache_argument
+from .shown import tokens_by_tier
 from .stats import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -388,13 +388,3 @@ def check_answer_settings(max_new_tokens: int, temperature: float, top_p: float)
         raise ValueError(f"temperature={temperature} must be at least 0 (0: the most likely token)")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must be more than 0 and at most 1")
-
-
-def tokens_by_tier(cache: ADMSKVCache) -> dict[int, float]:
-    """Tokens of each tier that holds any, of a head on average over rows, heads and layers of full attention."""
-    held = [layer.held for layer in cache.layers if isinstance(layer, ADMSLayer) and layer.is_initialized]
-    if not held:
-        return {}
-    heads = sum(tokens.beta.shape[0] * tokens.beta.shape[1] for tokens in held)
-    counts = sum(torch.bincount(tokens.tier[tokens.valid].long(), minlength=len(TIER_NAMES) + 1).cpu() for tokens in held)
-    return {tier: int(counts[tier]) / heads for tier in TIER_NAMES if counts[tier]}

@@ -5,18 +5,27 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import inspect
 import json
 import math
 import os
 import reprlib
-from collections.abc import Callable, Mapping
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from .registry import available_compressors
+from .settings import Settings
 from .sizing import RECALL_RANK, Sizes
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Class = TypeVar("Class", bound=type)
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 SKETCH_REDUCTIONS = ("mean", "sum", "first")
 ANCHOR_MODES = ("mean", "grid", "hybrid")
@@ -48,7 +57,7 @@ def _setting(default: Any, help: str, **limits: Any) -> Any:
     return field(default=default, metadata={"help": help, **limits})
 
 
-def _by_name(cls: type) -> type:
+def _by_name(cls: Class) -> Class:
     """Have a config's constructor refuse a misspelt name, and give a module that is switched on without a budget its own."""
     made: Callable[..., None] = cls.__init__
 
@@ -64,7 +73,7 @@ def _by_name(cls: type) -> type:
 
 
 @_by_name
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ADMSConfig(Sizes):
     """Settings of an `ADMSKVCache`, fixed once made. All counts are tokens per (layer, KV head).
 
@@ -240,7 +249,7 @@ class ADMSConfig(Sizes):
     # -- to and from ---------------------------------------------------------------------------------------------------
 
     @classmethod
-    def adm_plus_plus(cls, **overrides: Any) -> ADMSConfig:
+    def adm_plus_plus(cls, **overrides: Unpack[Settings]) -> ADMSConfig:
         """The four ADM++ features on, with their own defaults; `overrides` are settings by name."""
         cls.check_names(overrides)
         return cls(**{**ADM_PLUS_PLUS, **overrides})
@@ -255,6 +264,15 @@ class ADMSConfig(Sizes):
         """The settings as a Markdown table: name, default, meaning."""
         rows = [f"| `{f.name}` | {f.default} | {f.metadata['help']} |" for f in dataclasses.fields(cls)]
         return "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows])
+
+    def changed(self) -> dict[str, Any]:
+        """The settings that make it out of the defaults: those that differ, and the budgets of modules that are on."""
+        budgets = [budget for switch, (budget, _) in MODULE_BUDGETS.items() if getattr(self, switch)]
+        values = {item.name: (getattr(self, item.name), item.default) for item in dataclasses.fields(self)}
+        return {name: value for name, (value, default) in values.items() if value != default or name in budgets}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.changed().items())})"
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain values."""
@@ -324,3 +342,35 @@ def _refuse_assignment(config: ADMSConfig, name: str, *value: Any) -> None:
 
 
 ADMSConfig.__setattr__ = ADMSConfig.__delattr__ = _refuse_assignment
+
+
+def tell_settings(
+    without: Sequence[str] = (),
+    defaults: Mapping[str, Any] = {},  # noqa: B006  only read
+) -> Callable[[Function], Function]:
+    """Have `help` and completion of a function that takes settings by name list each with type, default and meaning.
+
+    Args:
+        without: settings it does not take; defaults: those it has other defaults for.
+    """
+
+    def tell(function: Function) -> Function:
+        kinds, own = typing.get_type_hints(ADMSConfig), inspect.signature(function)
+        lines, parameters = [], [one for one in own.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+        for item in dataclasses.fields(ADMSConfig):
+            if item.name in without or item.name in own.parameters:
+                continue
+            kind, default = kinds[item.name], defaults.get(item.name, item.default)
+            lines.append(f"    {item.name}: {kind.__name__} = {default!r}. {item.metadata['help']}")
+            one = inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+            parameters.append(one)
+        function.__doc__ = "\n\n".join([inspect.getdoc(function) or "", "Settings:\n" + "\n".join(lines)])
+        function.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return function
+
+    return tell
+
+
+tell_settings(defaults=ADM_PLUS_PLUS | dict(MODULE_BUDGETS.values()))(ADMSConfig.adm_plus_plus.__func__)
+# What is not given of the sizes is what fits.
+tell_settings(defaults={"recent_size": ..., "compressed_budget": ...})(ADMSConfig.from_memory.__func__)

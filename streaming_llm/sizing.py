@@ -7,12 +7,16 @@ import dataclasses
 import logging
 import math
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
 from .registry import get_compressor
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Dimensions of the codes of archived tokens, of heads that have so many.
 RECALL_RANK = 32
@@ -155,7 +159,12 @@ class Sizes:
 
     @classmethod
     def from_memory(
-        cls: type[Config], model_config: Any, bytes: int, dtype: Any = None, batch_size: int = 1, **settings: Any
+        cls: type[Config],
+        model_config: Any,
+        bytes: int,
+        dtype: Any = None,
+        batch_size: int = 1,
+        **settings: Unpack[Settings],
     ) -> Config:
         """The largest cache of the given shape that fits into `bytes`, however long the stream (`memory_bytes(moved=True)`).
 

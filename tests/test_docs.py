@@ -27,6 +27,7 @@ from streaming_llm.evaluation.comparison import Comparison, EveryMethod
 from streaming_llm.evaluation.long_stream import LongStream
 from streaming_llm.evaluation.memory import Memory
 from streaming_llm.evaluation.passkey import Passkey
+from streaming_llm.evaluation.pictures import Pictures
 from streaming_llm.evaluation.ruler import Ruler
 from streaming_llm.evaluation.soak import Soak
 from streaming_llm.model.families import FAMILIES
@@ -77,7 +78,7 @@ def flag_table(flags) -> str:
     return "\n".join(rows)
 
 
-RUNS = (Comparison, EveryMethod, Ablation, LongStream, Passkey, Soak, Cases, Memory, Ruler)
+RUNS = (Comparison, EveryMethod, Ablation, LongStream, Passkey, Soak, Cases, Memory, Pictures, Ruler)
 RUNS = {f"examples/{run.prog}": run for run in RUNS}
 # Flags of lm-eval's command.
 LM_EVAL = {"model", "model_args", "tasks", "limit", "metadata", "include_path", "apply_chat_template"}

@@ -339,3 +339,49 @@ def test_the_example_scripts_start(name, monkeypatch, capsys):
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     assert caught.value.code == 0
     assert "--compressed_budget" in capsys.readouterr().out
+
+
+MINE = """
+from streaming_llm import Compressor, register_compressor
+from streaming_llm.compressors.merge import keep_best
+
+
+class Mine(Compressor):
+    def compress(self, tokens, reference, width, budget=None, least=None):
+        return keep_best(tokens, reference, reference.weight, width, budget, width if least is None else least)
+
+
+register_compressor("mine_from_a_file", Mine)
+"""
+
+
+def test_a_script_imports_a_compressor_of_the_users_own(run, tmp_path, capsys):
+    path = tmp_path / "my_own_compressor.py"
+    path.write_text(MINE)
+    argv = ["--methods", "adms", "--compressor_type", "mine_from_a_file"]
+    try:
+        assert run(*argv)[0] == 2
+        code, output = run("--import", str(path), *argv)
+        assert code == 0
+        assert json.loads((output / "results.json").read_text())["settings"]["compressor_type"] == "mine_from_a_file"
+    finally:
+        sys.modules.pop("my_own_compressor", None)
+        streaming_llm.registry.COMPRESSORS.pop("mine_from_a_file", None)
+    with pytest.raises(SystemExit) as caught:
+        run("--import", str(tmp_path / "nowhere.py"))
+    assert caught.value.code == 2
+    assert "can't import" in capsys.readouterr().err
+
+
+def test_the_help_begins_with_examples(parser):
+    begin = parser.format_help().splitlines()[:12]
+    assert begin[0] == "usage: eval_adms_vs_streaming.py [flags]"
+    assert sum("python examples/eval_adms_vs_streaming.py" in line for line in begin) == 3
+
+
+def test_a_second_run_keeps_the_first_one_s_results(run, capsys):
+    for _ in range(2):
+        assert run("--methods", "adms")[0] == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "of an earlier run is now results-1.json" in printed
+    assert "which is ADM++" in printed

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from streaming_llm.evaluation import report
+from streaming_llm.evaluation import plots, report
 from streaming_llm.evaluation.streaming import Curve, MethodResult, Timing
 from streaming_llm.stats import format_bytes
 
@@ -129,7 +129,7 @@ def test_the_picture_is_a_png_with_a_line_a_method_in_both_panels(tmp_path, resu
     drawn = []
     save = matplotlib.Figure.savefig
     monkeypatch.setattr(matplotlib.Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
-    report.plot(tmp_path / "perplexity.png", results, "A title", 96)
+    plots.plot_perplexity(tmp_path / "perplexity.png", results, "A title", 96)
     assert (tmp_path / "perplexity.png").read_bytes().startswith(b"\x89PNG\r\n")
     assert os.listdir(tmp_path) == ["perplexity.png"]
     upper, lower = drawn[0].axes
@@ -156,3 +156,14 @@ def test_an_output_directory_is_made_or_refused_before_the_run(tmp_path):
 )
 def test_sizes_are_readable(size, text):
     assert format_bytes(size) == text
+
+
+def test_files_of_an_earlier_run_are_kept_under_one_number(tmp_path):
+    paths = [tmp_path / "results.json", tmp_path / "perplexity.png"]
+    assert report.keep_earlier(paths) == []
+    for number in (1, 2):
+        for path in paths:
+            path.write_text(str(number))
+        kept = dict(report.keep_earlier(paths))
+        assert [kept[path].name for path in paths] == [f"results-{number}.json", f"perplexity-{number}.png"]
+    assert sorted(path.read_text() for path in tmp_path.iterdir()) == ["1", "1", "2", "2"]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @functools.cache
@@ -32,7 +34,7 @@ class _Unrecorded:
     def __exit__(self, *error: Any) -> None:
         self._modes.__exit__(*error)
 
-    def __call__(self, function: Callable) -> Callable:
+    def __call__(self, function: Function) -> Function:
         @functools.wraps(function)
         def within(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
@@ -44,7 +46,7 @@ class _Unrecorded:
             with _Unrecorded():
                 return function(*args, **kwargs)
 
-        return within
+        return within  # type: ignore[return-value]
 
 
 def unrecorded() -> _Unrecorded:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..stats import format_bytes
-from . import flags, report, streaming
+from . import flags, plots, report, streaming
 from .errors import EvaluationError
 from .methods import Plan, check_plans
 from .run import ModelRun
@@ -127,9 +127,9 @@ def plot(path: Path, sections: Sequence[Section], title: str) -> None:
 
 # Light enough for black numbers, told apart with any colour vision.
 _COLOURS = {
-    "base ADMS, 0%": "#E69F00",
-    "one module alone": "#56B4E9",
-    "dual_fidelity and more, added one by one": "#009E73",
+    "base ADMS, 0%": plots.ORANGE,
+    "one module alone": plots.SKY,
+    "dual_fidelity and more, added one by one": plots.GREEN,
 }
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import flags, report, streaming
-from .methods import METHODS, RECALL, Plan, check_plans, plan_equal_bytes, resolve_settings
+from . import flags, plots, report, streaming
+from .methods import FEATURES, METHODS, RECALL, Plan, check_plans, plan_equal_bytes, resolve_settings
 from .run import ModelRun
 from .texts import check_joined
 
@@ -46,7 +46,13 @@ class EveryMethodArguments(ComparisonArguments):
 
 
 class Comparison(ModelRun):
-    """Compare ADMS and StreamingLLM at equal tokens a head with the full cache, on one stream of text."""
+    """Compare ADMS and StreamingLLM at equal tokens a head with the full cache, on one stream of text.
+
+    For example:
+      python examples/eval_adms_vs_streaming.py --num_eval_tokens 2048
+      python examples/eval_adms_vs_streaming.py --dataset_name my_book.txt --recent_size 512 --compressed_budget 512
+      python examples/eval_adms_vs_streaming.py --import my_compressor.py --compressor_type mine
+    """
 
     prog = "eval_adms_vs_streaming.py"
     Arguments = ComparisonArguments
@@ -93,7 +99,7 @@ class Comparison(ModelRun):
         return report.results_document(self.found, self.recorded(text=described, **scored), self.device)
 
     def plot(self, path: Path) -> None:
-        report.plot(path, self.found, self.title, self.score_from or 0)
+        plots.plot_perplexity(path, self.found, self.title, self.score_from or 0)
 
     def table(self) -> None:
         """Print both tables, and as one in Markdown."""
@@ -103,11 +109,19 @@ class Comparison(ModelRun):
 
 
 class EveryMethod(Comparison):
-    """Compare every method at equal tokens a head on one stream of text; prints the table in Markdown too."""
+    """Compare every method at equal tokens a head on one stream of text; prints the table in Markdown too.
+
+    For example:
+      python examples/compare_methods.py --methods full streaming snapkv adms --num_eval_tokens 4096
+    """
 
     prog = "compare_methods.py"
     Arguments = EveryMethodArguments
     markdown = True
+
+
+def _on(plan: Plan, feature: str) -> bool:
+    return plan.method.name == "adms" and getattr(plan.config, feature)
 
 
 def _caption(plans: Sequence[Plan], given: ComparisonArguments) -> str:
@@ -127,6 +141,9 @@ def _caption(plans: Sequence[Plan], given: ComparisonArguments) -> str:
         equal = "Equal tokens: tokens a head: " + ", ".join(f"{plan.method.name} {plan.total_tokens:,}" for plan in bounded)
         equal += f", {every}."
     text = f"{equal} KL in nats a token. 'cache' is the most bytes held, all state included"
+    modules = [feature.removeprefix("enable_") for feature in FEATURES if any(_on(plan, feature) for plan in bounded)]
+    if modules:
+        text += f"; 'adms' is ADMS with {', '.join(modules)}" + (", which is ADM++" if len(modules) == len(FEATURES) else "")
     recalling = [plan.config for plan in bounded if plan.config.enable_recall]
     if not recalling:
         return f"{text}."

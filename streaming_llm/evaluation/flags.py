@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
+import importlib.util
+import inspect
 import json
+import sys
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +34,35 @@ class _Switch(argparse.BooleanOptionalAction):
     def __call__(self, parser, namespace, values, option_string=None):
         # argparse's own ignores a spelling that is not among `option_strings`, as the one with hyphens.
         setattr(namespace, self.dest, not option_string.startswith("--no-"))
+
+
+class _Import(argparse.Action):
+    """Import a user's module as soon as its name is read, so that what it registers is known to what follows."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        try:
+            import_module(values)
+        except Exception as error:
+            parser.error(f"can't import {values}: {type(error).__name__}: {error}")
+
+
+def import_module(name: str) -> None:
+    """Import a module by its name, or from its file, under the file's name; once is enough."""
+    path = Path(name).expanduser()
+    if path.suffix != ".py":
+        importlib.import_module(name)
+        return
+    if path.stem in sys.modules:
+        if getattr(sys.modules[path.stem], "__file__", None) != str(path.resolve()):
+            raise ImportError(f"a module named {path.stem} is already there: give the file another name")
+        return
+    spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
+    sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
 
 
 def argument(help: str, default: Any = None, **options: Any) -> Any:
@@ -132,9 +165,13 @@ class Parser(HfArgumentParser):
 
     def __init__(self, prog: str, description: str, arguments: type, sizes: tuple[int, int] | None = None):
         kinds = [arguments] if sizes is None else [arguments, cache_settings(*sizes)]
-        # The help texts tell the defaults themselves.
-        form = argparse.HelpFormatter
-        super().__init__(kinds, prog=prog, description=description, allow_abbrev=False, formatter_class=form)
+        # The help texts tell the defaults themselves; the description has lines of its own.
+        form = argparse.RawDescriptionHelpFormatter
+        description, usage = inspect.cleandoc(description), f"{prog} [flags]"
+        super().__init__(kinds, prog=prog, usage=usage, description=description, allow_abbrev=False, formatter_class=form)
+        if sizes is not None:
+            text = "import this module or .py file first: for a compressor of your own, which it registers"
+            self.add_argument("--import", action=_Import, dest=argparse.SUPPRESS, metavar="FILE", help=text)
         for feature in FEATURES if sizes is not None else ():
             off = {"action": "store_false", "default": argparse.SUPPRESS, "help": f"the same as --no-{feature}"}
             self.add_argument(f"--disable_{feature.removeprefix('enable_')}", dest=feature, **off)

@@ -14,7 +14,7 @@ from typing import Any
 
 from .. import ADMSConfig
 from ..stats import format_bytes
-from . import flags, report, streaming
+from . import flags, plots, report, streaming
 from .errors import EvaluationError
 from .methods import Plan, cache_factory, plan_methods
 from .reading import BIN, EIGHTHS, LongResult, Part, compare_to_baseline, stream_method
@@ -107,11 +107,13 @@ def plot(path: Path, results: Mapping[str, LongResult], title: str, trained_leng
     figure = report.new_figure(9, 5)
     axes = figure.subplots()
     longest = max(result.tokens for result in results.values())
-    for index, (name, result) in enumerate(results.items()):
-        look = report.line_look(index, 1.6)
+    looks = plots.line_looks(results)
+    for name, result in results.items():
         parts = [part for part in result.bins if part.scored]
         # A bin's value stands for all of it: a line between the middles of the bins.
-        axes.plot([(part.start + part.end) / 2 for part in parts], [part.perplexity for part in parts], label=name, **look)
+        axes.plot(
+            [(part.start + part.end) / 2 for part in parts], [part.perplexity for part in parts], label=name, **looks[name]
+        )
     if trained_length is not None and trained_length < longest:
         # Named in the legend: no place within the axes is sure to be free.
         label = f"trained length, {trained_length:,}"

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from .. import ADMSConfig, ADMSKVCache, enable_adms_llm
 from ..config import FEATURES
 
@@ -207,7 +209,7 @@ def check_plans(plans: Sequence[Plan]) -> None:
             ADMSKVCache(ADMSConfig(**plan.settings))
 
 
-def cache_factory(model, plan: Plan) -> Callable[[], Any]:
+def cache_factory(model: PreTrainedModel, plan: Plan) -> Callable[[], Any]:
     """A function giving a new cache of the planned method for `model`.
 
     Position calibration that is on by default only is left out, with a warning, where the model has no RoPE; where it was

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import EvaluationError, require
 from .gguf_tokenizers import own_tokenizer
@@ -52,7 +53,9 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     return resolved
 
 
-def load_model(name_or_path: str | None = None, dtype: str = "float32", device: str | torch.device = "auto"):
+def load_model(
+    name_or_path: str | None = None, dtype: str = "float32", device: str | torch.device = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, ready for inference.
 
     `name_or_path`: None for SmolLM2-135M-Instruct, a name of `offline.MODELS` such as "gemma3-270m" (a folder of that name

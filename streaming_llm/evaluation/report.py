@@ -1,4 +1,4 @@
-"""Shows and stores what an evaluation found: a table, `results.json` and `perplexity.png`."""
+"""Shows and stores what an evaluation found: tables, files written in one step, empty figures for `plots`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,6 @@ from .. import __version__
 from ..stats import format_bytes
 from .errors import EvaluationError
 from .streaming import MethodResult
-
-# Okabe and Ito's colours, told apart with any colour vision; the line style tells the rest of the lines apart.
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-STYLES = ("-", "--", "-.", ":")
 
 TIME_CAPTION = (
     "'compaction' is the time of all compactions over the rest of the forward passes' time, from the first compaction "
@@ -117,6 +113,11 @@ class Progress:
             running = ", ".join(f"{name} {value:.2f}" for name, value in perplexities.items()) or "not scored yet"
             self.console.print(f"{tokens:,} tokens: perplexity {running}", soft_wrap=True, highlight=False)
 
+    def tell(self, text: str) -> None:
+        """Say what is done now, where lines are printed at all."""
+        if self.log_every:
+            self.console.print(text, soft_wrap=True, highlight=False)
+
     def __exit__(self, *_) -> None:
         self.bar.stop()
 
@@ -178,6 +179,15 @@ def prepare_output(directory: Path) -> None:
         raise EvaluationError(f"can't write to output_dir {directory}: {error.strerror or error}") from error
 
 
+def keep_earlier(paths: Iterable[Path]) -> list[tuple[Path, Path]]:
+    """Give files of an earlier run another name, `results-1.json`, all the same number; gives the old and new paths."""
+    paths = list(paths)
+    there, number = [path for path in paths if path.exists()], 1
+    while any(path.with_stem(f"{path.stem}-{number}").exists() for path in paths):
+        number += 1
+    return [(path, path.rename(path.with_stem(f"{path.stem}-{number}"))) for path in there]
+
+
 def new_figure(width: float, height: float):
     """An empty figure, its size in inches (needs `matplotlib`)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -194,51 +204,9 @@ def save_figure(figure, path: Path) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
 
 
-def line_look(index: int, width: float) -> dict[str, Any]:
-    """Colour, style and width of the line with that index."""
-    turn, colour = divmod(index, len(COLOURS))
-    return {"color": COLOURS[colour], "linestyle": STYLES[(colour + turn) % len(STYLES)], "linewidth": width}
-
-
 def grid(axes) -> None:
     """A light grid behind the lines, and no frame above and to the right; thousands of tokens with a comma."""
     axes.grid(True, color="0.85", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.set_major_formatter("{x:,.0f}")
-
-
-def plot(path: Path, results: Mapping[str, MethodResult], title: str, score_from: int) -> None:
-    """Draw running perplexity and cache size over the tokens read, one line a method (needs `matplotlib`).
-
-    `score_from`: the first scored token; what comes before is shaded, as it has no perplexity.
-    """
-    figure = new_figure(9, 7)
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    visible: list[float] = []
-    for index, (name, result) in enumerate(results.items()):
-        curve = result.curve
-        look = line_look(index, 1.8)
-        points = [(t, p) for t, p in zip(curve.tokens, curve.perplexity, strict=True) if p is not None]
-        upper.plot([t for t, _ in points], [p for _, p in points], label=name, **look)
-        # The mean of the first few tokens swings wildly and would set the scale: it may leave the picture.
-        visible.extend(p for _, p in points[len(points) // 10 :])
-        lower.plot(curve.tokens, [size / 2**20 for size in curve.cache_bytes], label=name, **look)
-    if visible:
-        low, high = min(visible), max(visible)
-        margin = 0.08 * (high - low) or 0.05 * high
-        upper.set_ylim(low - margin, high + margin)
-    for axes in (upper, lower):
-        axes.axvspan(0, score_from, color="0.93", zorder=0)
-        grid(axes)
-        axes.margins(x=0)
-    upper.set_title(title, loc="left", fontsize=11)
-    upper.set_ylabel("running perplexity\n(scored tokens so far)")
-    lower.set_ylabel("cache size (MiB)")
-    lower.set_xlabel("tokens read")
-    lower.set_ylim(bottom=0)
-    if score_from > 1:
-        upper.text(score_from / 2, 0.5, "not scored", transform=upper.get_xaxis_transform(), ha="center", color="0.4")
-    handles, labels = upper.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
-    save_figure(figure, path)

@@ -131,6 +131,8 @@ class ModelRun(Run):
         transformers.utils.logging.disable_progress_bar()
         self.device = models.resolve_device(given.device)
         report.prepare_output(output)
+        for old, kept in report.keep_earlier(self.files):
+            self.console.print(f"{old} of an earlier run is now {kept.name}", soft_wrap=True)
         torch.manual_seed(self.seed)
         self.model, self.tokenizer = models.load_model(given.model_name_or_path, given.dtype, self.device)
         self.model_name = given.model_name_or_path or models.MODEL_NAME
@@ -150,8 +152,13 @@ class ModelRun(Run):
         """Read a text with several methods in lockstep; `options`: others of `streaming.evaluate_streams`."""
         given, caches = self.arguments, {plan.method.name: cache_factory(self.model, plan) for plan in plans}
         options |= {"chunk_size": given.chunk_size, "score_from": given.score_from}
-        with self.progress(text.total_tokens) as on_chunk:
-            return streaming.evaluate_streams(self.model, text.streams, caches, on_chunk=on_chunk, **options)
+        progress, count = self.progress(text.total_tokens), options.get("decode_tokens", 0)
+        with progress as on_chunk:
+            options |= {
+                "on_chunk": on_chunk,
+                "on_decode": lambda name: progress.tell(f"decoding {count} tokens with {name}"),
+            }
+            return streaming.evaluate_streams(self.model, text.streams, caches, **options)
 
     @abc.abstractmethod
     def document(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedModel
 
 from ..model.facts import cache_argument
 from .errors import EvaluationError, check_least
@@ -27,6 +28,10 @@ ARCHIVE_USES = ("archive", "index")
 ROWS = 128
 CURVE_STEP = 64
 DECODE_WARM_UP = 8
+# Scored tokens that a running perplexity is told from on: that of a handful says nothing.
+LEAST_SCORED = 64
+# What StreamingLLM's perplexity must be above the full cache's for a share of the difference to mean anything.
+LEAST_GAP = 0.01
 
 CacheFactory = Callable[[], Any]
 
@@ -72,7 +77,8 @@ class Timing:
 
 @dataclass
 class MethodResult:
-    """What one method did on all streams; `kl` (nats a token), `gap_recovered`: None with nothing to compare to.
+    """What one method did on all streams; `kl` (nats a token), `gap_recovered`: None with nothing to compare to, the
+    latter also where StreamingLLM loses less than `LEAST_GAP`.
 
     `archive_bytes`: what of `cache_bytes` is recall's archive and its index, which attention does not see as a whole.
     """
@@ -99,7 +105,7 @@ def default_score_from(tokens: int) -> int:
 
 @torch.no_grad()
 def lockstep(
-    model, token_ids: torch.Tensor, caches: Mapping[str, Any], chunk_size: int, first_row: int = 0
+    model: PreTrainedModel, token_ids: torch.Tensor, caches: Mapping[str, Any], chunk_size: int, first_row: int = 0
 ) -> Iterator[Chunk]:
     """Feed `token_ids` `[tokens]` to every cache, a chunk at a time, and yield each method's logits for it.
 
@@ -153,7 +159,7 @@ def predictions(
 
 
 def evaluate_streams(
-    model,
+    model: PreTrainedModel,
     streams: Sequence[torch.Tensor],
     methods: Mapping[str, CacheFactory],
     *,
@@ -161,6 +167,7 @@ def evaluate_streams(
     score_from: int | None = None,
     decode_tokens: int = 0,
     on_chunk: Callable[[int, dict[str, float]], None] | None = None,
+    on_decode: Callable[[str], None] | None = None,
 ) -> dict[str, MethodResult]:
     """Perplexity, KL divergence, memory and time of several methods on the same streams.
 
@@ -168,7 +175,8 @@ def evaluate_streams(
     KL is measured against the one named "full", the recovered share of the gap between "streaming" and "full".
     `score_from`: index of the first scored token of each stream (default: `default_score_from`).
     `decode_tokens`: this many tokens are then fed one by one after the last stream, for their timing only.
-    `on_chunk(tokens, perplexities)` is called after each chunk. Results come in the order of `methods`.
+    `on_chunk(tokens, perplexities)` is called after each chunk, `on_decode(method)` before its decoding. Results come in
+    the order of `methods`.
     """
     _check_arguments(streams, methods, chunk_size, score_from, decode_tokens)
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -203,12 +211,15 @@ def evaluate_streams(
             if chunk.method == order[-1]:
                 reference = None
                 if on_chunk is not None:
-                    on_chunk(done + chunk.end, {name: t.perplexity for name, t in tallies.items() if t.scored})
+                    told = {name: t.perplexity for name, t in tallies.items() if t.scored >= LEAST_SCORED}
+                    on_chunk(done + chunk.end, told)
         done += tokens
         for name, cache in caches.items():
             tallies[name].close(cache)
     if decode_tokens:
         for name, cache in caches.items():
+            if on_decode is not None:
+                on_decode(name)
             tallies[name].decode(model, streams[-1], cache, decode_tokens)
     return _results(methods, tallies, done)
 
@@ -349,7 +360,7 @@ def _results(methods, tallies: dict[str, _Tally], tokens: int) -> dict[str, Meth
         tally = tallies[name]
         tally.timing.tokens_per_second = tokens / tally.timing.forward_seconds
         gap = None
-        if full is not None and streaming is not None and streaming > full:
+        if full is not None and streaming is not None and streaming > full * (1 + LEAST_GAP):
             gap = (streaming - tally.perplexity) / (streaming - full)
         results[name] = MethodResult(
             method=name,

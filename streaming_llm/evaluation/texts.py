@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from .errors import EvaluationError, check_least, require
 
@@ -46,7 +47,7 @@ def shipped_text() -> str:
 
 
 def load_text(
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     dataset_name: str | None = None,
     *,
     task: str | None = None,

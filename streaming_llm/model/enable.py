@@ -7,14 +7,15 @@ import functools
 import inspect
 import logging
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationMixin, PreTrainedModel
 
 from ..cache import ADMSKVCache
-from ..config import MODULE_BUDGETS, ADMSConfig
+from ..config import MODULE_BUDGETS, ADMSConfig, tell_settings
 from ..data.rope import Rope
+from ..settings import LowRankSettings, Settings, StreamingSettings, VQSettings
 from ..stream.positions import PositionWindow
 from .attention import WiredConfig, check_attention, register
 from .facts import cache_argument, use_with
@@ -24,6 +25,9 @@ from .parallel import ranks_of
 from .probe import probe_model
 from .rope_reading import rope_layers
 from .wrappers import find_decoder, open_model
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Layers compacted in one call on a CPU: as many as stay in its caches. On an accelerator a compaction is bound by the number
 # of kernels, not by their size: all go at once.
@@ -36,8 +40,13 @@ _WIRING = threading.RLock()
 logger = logging.getLogger("streaming_llm")
 
 
+@tell_settings()
 def enable_adms_llm(
-    model: PreTrainedModel, config: ADMSConfig | None = None, *, probe: str | bool | None = None, **settings: Any
+    model: PreTrainedModel,
+    config: ADMSConfig | None = None,
+    *,
+    probe: str | bool | None = None,
+    **settings: Unpack[Settings],
 ) -> ADMSKVCache:
     """Wire a model for the cache and return a new one: `model.generate(**inputs, past_key_values=cache)`.
 
@@ -52,6 +61,9 @@ def enable_adms_llm(
         config: the settings as a whole, or
         **settings: each by its name in `ADMSConfig`; an unknown one raises `ValueError` naming it.
 
+    Returns:
+        A new cache. The model uses it only where it is passed: `enable_adms_llm` alone changes nothing that is generated.
+
     Raises:
         ValueError: unknown or wrong setting, a model type or attention implementation that can't be, or a failed probe.
         TypeError: no model, or a module that holds several. Nothing has changed after either.
@@ -65,18 +77,21 @@ def enable_adms_llm(
     return cache
 
 
-def enable_adms_low_rank(model: PreTrainedModel, rank: int = 16, **settings: Any) -> ADMSKVCache:
+@tell_settings(without=("compressor_type",))
+def enable_adms_low_rank(model: PreTrainedModel, rank: int = 16, **settings: Unpack[LowRankSettings]) -> ADMSKVCache:
     """`enable_adms_llm` with the low-rank compressor."""
     return enable_adms_llm(model, **{**settings, "compressor_type": "low_rank", "rank": rank})
 
 
-def enable_adms_vq(model: PreTrainedModel, num_clusters: int = 64, **settings: Any) -> ADMSKVCache:
+@tell_settings(without=("compressor_type",))
+def enable_adms_vq(model: PreTrainedModel, num_clusters: int = 64, **settings: Unpack[VQSettings]) -> ADMSKVCache:
     """`enable_adms_llm` with the vector-quantising compressor."""
     return enable_adms_llm(model, **{**settings, "compressor_type": "vq", "num_clusters": num_clusters})
 
 
+@tell_settings(without=("compressed_budget", "min_importance_tokens"))
 def enable_streaming_llm(
-    model: PreTrainedModel, start_size: int = 4, recent_size: int = 2000, **settings: Any
+    model: PreTrainedModel, start_size: int = 4, recent_size: int = 2000, **settings: Unpack[StreamingSettings]
 ) -> ADMSKVCache:
     """StreamingLLM (Xiao et al. 2023, arXiv 2309.17453) as a policy of the same cache: sinks and recent window only."""
     fixed = {"compressed_budget": 0, "min_importance_tokens": 0, "start_size": start_size, "recent_size": recent_size}

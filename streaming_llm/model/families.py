@@ -76,7 +76,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }  # fmt: skip
 
-SUPPORTED_MODEL_TYPES = tuple(sorted(name for name, family in FAMILIES.items() if not family.refused))
+SUPPORTED_MODEL_TYPES: tuple[str, ...] = tuple(sorted(name for name, family in FAMILIES.items() if not family.refused))
 
 
 def family_of(model_type: str) -> Family:
