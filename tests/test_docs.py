@@ -27,6 +27,7 @@ from streaming_llm.evaluation.comparison import Comparison, EveryMethod
 from streaming_llm.evaluation.long_stream import LongStream
 from streaming_llm.evaluation.passkey import Passkey
 from streaming_llm.evaluation.soak import Soak
+from streaming_llm.evaluation.speed import Speed
 from streaming_llm.sizing import BOOKKEEPING_BYTES, ORIGINAL_BYTES
 
 ROOT = Path(__file__).parent.parent
@@ -65,7 +66,7 @@ def flag_table(flags) -> str:
     return "\n".join(rows)
 
 
-RUNS = {f"examples/{run.prog}": run for run in (Comparison, EveryMethod, Ablation, LongStream, Passkey, Soak, Cases)}
+RUNS = {f"examples/{run.prog}": run for run in (Comparison, EveryMethod, Ablation, LongStream, Passkey, Soak, Cases, Speed)}
 
 
 def chat_flags():

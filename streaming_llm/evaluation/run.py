@@ -132,8 +132,12 @@ class ModelRun(Run):
         self.device = models.resolve_device(given.device)
         report.prepare_output(output)
         torch.manual_seed(self.seed)
-        self.model, self.tokenizer = models.load_model(given.model_name_or_path, given.dtype, self.device)
+        self.model, self.tokenizer = self.load_model(given.dtype)
         self.model_name = given.model_name_or_path or models.MODEL_NAME
+
+    def load_model(self, dtype: str) -> tuple[Any, Any]:
+        """The model that is run, in a dtype, and its tokenizer."""
+        return models.load_model(self.arguments.model_name_or_path, dtype, self.device)
 
     @property
     def trained_length(self) -> int | None:
