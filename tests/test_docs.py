@@ -30,6 +30,7 @@ from streaming_llm.evaluation.passkey import Passkey
 from streaming_llm.evaluation.pictures import Pictures
 from streaming_llm.evaluation.ruler import Ruler
 from streaming_llm.evaluation.soak import Soak
+from streaming_llm.evaluation.speed import Speed
 from streaming_llm.model.families import FAMILIES
 from streaming_llm.sizing import BOOKKEEPING_BYTES, ORIGINAL_BYTES
 
@@ -78,7 +79,7 @@ def flag_table(flags) -> str:
     return "\n".join(rows)
 
 
-RUNS = (Comparison, EveryMethod, Ablation, LongStream, Passkey, Soak, Cases, Memory, Pictures, Ruler)
+RUNS = (Comparison, EveryMethod, Ablation, LongStream, Passkey, Soak, Cases, Memory, Pictures, Ruler, Speed)
 RUNS = {f"examples/{run.prog}": run for run in RUNS}
 # Flags of lm-eval's command.
 LM_EVAL = {"model", "model_args", "tasks", "limit", "metadata", "include_path", "apply_chat_template"}

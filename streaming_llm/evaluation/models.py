@@ -28,6 +28,29 @@ HOME_VARIABLE = "STREAMING_LLM_HOME"
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
+# Shapes of Llamas that are made with random weights: what their steps take does not depend on what the weights are.
+SHAPES = {
+    "smollm2-135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+    "llama-3-8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+    },
+}
+
 _SAMPLE = "It is a truth  universally acknowledged,\n\nthat 1,813 pounds — “a good fortune” — naïve or not."
 
 
@@ -78,6 +101,20 @@ def load_model(
         folder = Path(name_or_path).expanduser()
         model, tokenizer = _load_folder(folder if folder.is_dir() else name_or_path, dtype)
     return model.to(device).eval(), tokenizer
+
+
+def random_model(shape: str, dtype: str, device: torch.device, seed: int = 0):
+    """A Llama of one of the `SHAPES` with random weights, made on `device` and in `dtype`, in eval mode."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if shape not in SHAPES:
+        raise ValueError(f"shape={shape!r} is not known; choose from {', '.join(SHAPES)}")
+    if dtype not in DTYPES[:-1]:
+        raise ValueError(f"dtype={dtype!r} can't be that of a random model; choose one of {', '.join(DTYPES[:-1])}")
+    with torch.random.fork_rng(devices=[]), device:
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM._from_config(LlamaConfig(**SHAPES[shape]), dtype=_torch_dtype(dtype))
+    return model.to(device).eval()
 
 
 def model_folder(known: OfflineModel = SMOLLM2) -> Path:

@@ -134,8 +134,12 @@ class ModelRun(Run):
         for old, kept in report.keep_earlier(self.files):
             self.console.print(f"{old} of an earlier run is now {kept.name}", soft_wrap=True)
         torch.manual_seed(self.seed)
-        self.model, self.tokenizer = models.load_model(given.model_name_or_path, given.dtype, self.device)
+        self.model, self.tokenizer = self.load_model(given.dtype)
         self.model_name = given.model_name_or_path or models.MODEL_NAME
+
+    def load_model(self, dtype: str) -> tuple[Any, Any]:
+        """The model that is run, in a dtype, and its tokenizer."""
+        return models.load_model(self.arguments.model_name_or_path, dtype, self.device)
 
     @property
     def trained_length(self) -> int | None:

@@ -122,10 +122,10 @@ def lockstep(
         rows = max(1, end - max(start, first_row))
         keep = {"logits_to_keep": rows} if can_cut else {}
         for method, cache in caches.items():
-            _synchronize(device)
+            synchronize(device)
             began = time.perf_counter()
             output = model(input_ids=chunk, **{argument: cache}, use_cache=True, **keep)
-            _synchronize(device)
+            synchronize(device)
             seconds = time.perf_counter() - began
             yield Chunk(method, start, end, end - rows, output.logits[0, -rows:], seconds)
 
@@ -395,7 +395,8 @@ def _exp(nll: float) -> float:
     return float(torch.tensor(nll, dtype=torch.float64).exp())
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
