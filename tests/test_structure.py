@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import logging
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,19 @@ def library_files() -> list[Path]:
     return [path for path in sorted(PACKAGE.rglob("*.py")) if "evaluation" not in path.relative_to(PACKAGE).parts]
 
 
+@pytest.fixture
+def loggers_as_they_were():
+    """The linter sets logging up anew, which switches off every logger there is: they are on again for later tests."""
+    own = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
+    before, level = [logger.disabled for logger in own], logging.root.level
+    handlers = list(logging.root.handlers)
+    yield
+    for logger, disabled in zip(own, before, strict=True):
+        logger.disabled = disabled
+    logging.root.handlers[:], logging.root.level = handlers, level
+
+
+@pytest.mark.usefixtures("loggers_as_they_were")
 def test_each_room_imports_only_from_those_below_it(monkeypatch, capsys):
     lint = pytest.importorskip("importlinter.cli", reason="import-linter needs Python 3.11")
     root = Path(__file__).parent.parent
