@@ -26,12 +26,24 @@ SIZES = {"image_sizes": torch.tensor([[SIDE, SIDE]])}
 # model type: (class name, other part, its config class and settings, text config class and settings, settings, inputs,
 # tokens they take).
 COMPOSITES = {
+    "aya_vision": ("AyaVision", "vision", "SiglipVisionConfig", {**VISION, "vision_use_head": False}, "Cohere2Config", GEMMA,
+                   {"image_token_index": PART, "downsample_factor": 2, "vision_feature_layer": -1},
+                   {"pixel_values": IMAGE}, 1),
+    "cohere2_vision": ("Cohere2Vision", "vision", "SiglipVisionConfig", {**VISION, "vision_use_head": False},
+                       "Cohere2Config", GEMMA,
+                       {"image_token_id": PART, "downsample_factor": 2, "alignment_intermediate_size": 32},
+                       {"pixel_values": IMAGE}, 1),
     "gemma3": ("Gemma3", "vision", "SiglipVisionConfig", {**VISION, "vision_use_head": False}, "Gemma3TextConfig", GEMMA,
                {"image_token_index": PART, "mm_tokens_per_image": 4}, {"pixel_values": IMAGE}, 4),
+    "idefics3": ("Idefics3", "vision", "Idefics3VisionConfig", VISION, "LlamaConfig", TEXT,
+                 {"image_token_id": PART, "scale_factor": 1, "pad_token_id": 0}, {"pixel_values": IMAGE[None]}, 4),
     "internvl": ("InternVL", "vision", "InternVLVisionConfig", {**VISION, "image_size": [SIDE, SIDE], "patch_size": [4, 4]},
                  "Qwen2Config", TEXT, {"image_token_id": PART, "downsample_ratio": 0.5}, {"pixel_values": IMAGE}, 4),
     "llava": ("Llava", "vision", "CLIPVisionConfig", VISION, "LlamaConfig", TEXT, {"image_token_index": PART},
               {"pixel_values": IMAGE}, 4),
+    "llava_next": ("LlavaNext", "vision", "CLIPVisionConfig", VISION, "MistralConfig", {**TEXT, "sliding_window": None},
+                   {"image_token_index": PART, "image_grid_pinpoints": [[SIDE, SIDE]], "vision_feature_layer": -1},
+                   {"pixel_values": torch.stack([IMAGE, IMAGE], dim=1), **SIZES}, 10),
     "llava_onevision": ("LlavaOnevision", "vision", "SiglipVisionConfig", VISION, "Qwen2Config", TEXT,
                         {"image_token_index": PART, "image_grid_pinpoints": [[SIDE, SIDE]], "vision_feature_layer": -1},
                         {"pixel_values": torch.stack([IMAGE, IMAGE], dim=1), **SIZES}, 10),
@@ -46,6 +58,12 @@ COMPOSITES = {
                     {"input_features": IMAGE[0, :1, :8], "feature_attention_mask": torch.ones(1, 16).long()}, 4),
     "smolvlm": ("SmolVLM", "vision", "SmolVLMVisionConfig", VISION, "LlamaConfig", TEXT,
                 {"image_token_id": PART, "scale_factor": 1, "pad_token_id": 0}, {"pixel_values": IMAGE[None]}, 4),
+    "vipllava": ("VipLlava", "vision", "CLIPVisionConfig", {**VISION, "num_hidden_layers": 3}, "LlamaConfig", TEXT,
+                 {"image_token_index": PART, "vision_feature_layers": [-1, -1]}, {"pixel_values": IMAGE}, 4),
+    "voxtral": ("Voxtral", "audio", "VoxtralEncoderConfig",
+                {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+                 "num_mel_bins": 8, "max_source_positions": 8},
+                "LlamaConfig", TEXT, {"audio_token_id": PART}, {"input_features": IMAGE[0, :1, :8]}, 2),
 }  # fmt: skip
 
 

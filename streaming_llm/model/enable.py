@@ -150,7 +150,8 @@ def check_model(model: PreTrainedModel, probe: str | bool | None = None) -> PreT
             "which compaction changes; use a checkpoint with RoPE (alibi=False)"
         )
     tested = model.config.model_type in FAMILIES or text.model_type in FAMILIES
-    if probe == "always" or (probe is not False and not tested and not is_enabled(model)):
+    unsure = not tested or family_of(text.model_type).varies
+    if probe == "always" or (probe is not False and unsure and not is_enabled(model)):
         _probe(model)
     if not tested and not is_enabled(model):
         how = "neither tested nor probed" if probe is False else "probed, not tested: it passed every check of the probe"

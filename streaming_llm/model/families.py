@@ -19,6 +19,8 @@ class Family:
             `original_max_position_embeddings`, whether or not its RoPE changes there.
         calls_sdpa: it calls torch's attention itself, whatever is registered.
         rotates_sliding_only: of its sliding and full layers it rotates keys in the sliding ones only; no config says so.
+        varies: some supported releases of transformers compute its attention past every registered function: it is probed
+            like a type that is not here.
         refused: why it can't be enabled; empty where it can.
     """
 
@@ -26,6 +28,7 @@ class Family:
     cache_dropped: bool = False
     calls_sdpa: bool = False
     rotates_sliding_only: bool = False
+    varies: bool = False
     refused: str = ""
 
 
@@ -51,7 +54,7 @@ FAMILIES: dict[str, Family] = {
             "ernie4_5_moe", "flex_olmo", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe", "gpt_neox", "gpt_oss",
             "granite", "granitemoe", "granitemoeshared", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3",
             "hyperclovax", "jais2", "laguna", "llama", "mellum", "mimo_v2_flash", "minimax_m2", "ministral", "ministral3",
-            "mistral", "mixtral", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "persimmon", "phi", "phimoe",
+            "mistral", "mixtral", "nanochat", "olmo", "olmo2", "olmo3", "olmoe", "persimmon", "phi", "phimoe",
             "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2",
             "vaultgemma",
         ),
@@ -60,6 +63,7 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("biogpt", "gpt2", "gpt_bigcode", "opt"), _LEARNED),
     **dict.fromkeys(("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe", "flint", "kolibri1"), _SLIDING_ROPE),
     "falcon": Family(calls_sdpa=True),
+    "nemotron": Family(varies=True),
     "phi3": Family(cache_dropped=True),
     **dict.fromkeys(("bloom", "mpt"), _ALIBI),
     **dict.fromkeys(("bart", "mbart", "pegasus", "t5", "umt5", "whisper"), _ENCODER_DECODER),
