@@ -10,22 +10,25 @@ import contextlib
 import functools
 import importlib.util
 import io
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import make_tiny_llama, stream, token_ids
 from test_composite import composite_types
 from test_families import VARIANTS
 
 import streaming_llm
-from streaming_llm import SUPPORTED_MODEL_TYPES, ADMSConfig, compressors, registry
+from streaming_llm import SUPPORTED_MODEL_TYPES, ADMSConfig, compressors, disable_adms_llm, enable_adms_llm, registry
 from streaming_llm.evaluation.ablation import Ablation
 from streaming_llm.evaluation.cases import Cases
 from streaming_llm.evaluation.comparison import Comparison, EveryMethod
 from streaming_llm.evaluation.long_stream import LongStream
 from streaming_llm.evaluation.memory import Memory
+from streaming_llm.evaluation.methods import METHODS, RECALL
 from streaming_llm.evaluation.passkey import Passkey
 from streaming_llm.evaluation.pictures import Pictures
 from streaming_llm.evaluation.ruler import Ruler
@@ -240,6 +243,7 @@ def run_snippets(tiny_model_folder, tmp_path_factory):
         names: dict = {}
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
             patch.setattr("streaming_llm.evaluation.load_model", lambda: (model, tokenizer))
+            patch.setattr("streaming_llm.model.enable.SUPPORTED_MODEL_TYPES", SUPPORTED_MODEL_TYPES)
             patch.chdir(tmp_path_factory.mktemp("snippets"))
             for number, block in enumerate(code_blocks(document, "python"), start=1):
                 exec(compile(block, f"{document}, Python block {number}", "exec"), names)
@@ -270,6 +274,66 @@ def test_the_compressor_of_the_readme_compresses(run_snippets, monkeypatch):
     assert cache.held_tokens <= cache.config.expected_max_tokens < 400
     assert cache.layers[0].held.count.sum(-1).eq(400).all()  # every token that came is accounted for
     assert cache.layers[0].held.beta.amax() > 0
+
+
+def test_the_score_of_the_readme_is_what_the_cache_scores_by(run_snippets):
+    names, _ = run_snippets("README.md")
+    compressors.check_compressor(names["LastAsked"])
+    cache = names["scored"]
+    stream(names["model"], token_ids(400), cache, chunk=32)
+    plain = enable_adms_llm(names["model"], recent_size=64, compressed_budget=64)
+    stream(names["model"], token_ids(400), plain, chunk=32)
+    for one, equal in ((cache, True), (plain, False)):
+        held = one.layers[0].held
+        alone = (held.count == 1) & (held.mass > 0)  # what stands for others has their mass as well
+        assert int(alone.sum()) > 50
+        assert torch.equal(held.score[alone], held.mass[alone]) is equal
+
+
+def test_a_family_with_the_row_that_the_readme_says_is_not_probed(monkeypatch, caplog):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    class MyFamily(LlamaConfig):
+        model_type = "my_family"
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(MyFamily(vocab_size=128, num_key_value_heads=2, max_position_embeddings=512, **sizes)).eval()
+    enable_adms_llm(model)
+    assert "probed" in caplog.text
+    disable_adms_llm(model)
+    caplog.clear()
+    own = dict(FAMILIES)
+    for module in ("families", "enable"):
+        monkeypatch.setattr(f"streaming_llm.model.{module}.FAMILIES", own)
+    [snippet] = [block for block in code_blocks("README.md", "python") if "my_family" in block]
+    exec(snippet, {})  # noqa: S102
+    cache = enable_adms_llm(model, recent_size=32, compressed_budget=16, compression_interval=16, rank=4)
+    assert "probed" not in caplog.text
+    stream(model, token_ids(200), cache, chunk=16)
+    assert cache.held_tokens <= cache.config.expected_max_tokens < 200
+    assert torch.equal(cache.layers[0].held.count.sum(-1), torch.full((1, 2), 200, dtype=torch.int64))
+
+
+def results_rows() -> dict[str, tuple[float, float, float]]:
+    """Perplexity, KL and recovered share of each method in README's table of the novel."""
+    table = read("README.md").split("<!-- results -->")[1].split("\n\n")[1]
+    rows = (line.strip("| ").split(" | ") for line in table.splitlines()[2:])
+    return {row[0]: (float(row[1]), float(row[2]), float(row[3].rstrip("%")) / 100) for row in rows}
+
+
+def test_the_readme_has_a_row_for_every_method_but_recall():
+    assert list(results_rows()) == [name for name in METHODS if name != RECALL]
+
+
+@pytest.mark.slow
+def test_the_command_gives_the_rows_that_the_readme_has(smol, tmp_path):
+    assert EveryMethod.main(["--device", "cpu", "--decode_tokens", "0", "--output_dir", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["results"]
+    for method, (perplexity, kl, gap) in results_rows().items():
+        one = found[method]
+        assert one["perplexity"] == pytest.approx(perplexity, abs=0.015), method
+        assert one["kl"] == pytest.approx(kl, abs=1.5e-4), method
+        assert one["gap_recovered"] == pytest.approx(gap, abs=0.01), method
 
 
 def test_the_quickstart_runs(run_snippets):

@@ -220,7 +220,7 @@ WRONG = (
 def checked(tmp_path_factory):
     """Check files with mypy in strict mode; gives its exit code and output."""
     if importlib.util.find_spec("mypy") is None:
-        pytest.skip("mypy is in the extra `dev`")
+        pytest.skip("mypy is in the extra `test`")
     folder = tmp_path_factory.mktemp("checked")
 
     def check(name: str, text: str):
