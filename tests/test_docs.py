@@ -243,7 +243,7 @@ def run_snippets(tiny_model_folder, tmp_path_factory):
         names: dict = {}
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
             patch.setattr("streaming_llm.evaluation.load_model", lambda: (model, tokenizer))
-            patch.setattr("streaming_llm.model.enable.SUPPORTED_MODEL_TYPES", SUPPORTED_MODEL_TYPES)
+            patch.setattr("streaming_llm.model.families.FAMILIES", dict(FAMILIES))
             patch.chdir(tmp_path_factory.mktemp("snippets"))
             for number, block in enumerate(code_blocks(document, "python"), start=1):
                 exec(compile(block, f"{document}, Python block {number}", "exec"), names)
