@@ -178,6 +178,9 @@ class ADMSConfig(Sizes):
         "where archived tokens are: on the model's device, in the host's memory, or in a file",
         options=RECALL_STORES,
     )
+    compaction_bytes: int = _setting(
+        256 * 2**20, "bytes a compaction works with, beside what it gives: layers are compacted in parts that fit", low=1
+    )
     seed: int = _setting(0, "seed of whatever is drawn at random (vq's first centres, hybrid anchors)", low=0)
 
     def __post_init__(self) -> None:

@@ -235,7 +235,7 @@ def _decode_stack(
         stack.queries = torch.nn.functional.pad(stack.queries, (0, 0, 0, missing))
     parts = [stack.single(layer).to(devices[layer] if layer < len(devices) else cpu) for layer in stack.layers]
     if len({part.device for part in parts}) == 1 and len(parts) <= stream.layers_at_once:
-        return [Stack.join(parts)]
+        return [Stack.join(parts, len(parts))]
     return joined(parts, stream.layers_at_once)
 
 

@@ -126,7 +126,38 @@ class Sizes:
         """Queries a layer stores per query head: those since the last compaction, and those kept from before it."""
         return self.kept_queries + self.compression_interval if self.middle_allocation else 0
 
-    def memory_bytes(self, model_config: Any, dtype: Any = None, batch_size: int = 1, moved: bool = False) -> int:
+    def compaction_workspace(self, groups: int, head_dim: int, itemsize: int, middle: int | None = None) -> int:
+        """Most bytes that a compaction works with for each head of each row, beside the tokens and memory it gives.
+
+        What scoring takes is not counted: it goes by rows, as many at a time as fit. A compressor of one's own is taken to
+        need what those here do.
+
+        Args:
+            groups: query heads of a KV head.
+            middle: slots of the middle; `widest_middle` when None.
+        """
+        middle = self.widest_middle if middle is None else middle
+        returned = max(2 * self.promotion_budget, middle // 8) if self.sketch_budget else 0
+        candidates = middle + self.compression_interval + returned
+        held = self.dynamic_start_size + self.recent_size + candidates
+        # Tokens that look for one to join; where budgets differ a head may keep next to nothing.
+        differ = self.enable_adaptive_controller or self.use_adaptive_budget
+        joining = candidates if differ else candidates - middle + self.replay_budget
+        if get_compressor(self.compressor_type).needs_queries:
+            asked = groups * self.attention_window
+        else:
+            asked = groups * -(-self.query_slots // 8)
+        numbers = asked * (held + 3 * candidates) + joining * middle + 8 * candidates * (head_dim + 4) + 4 * held * head_dim
+        return 4 * numbers + 48 * self.archive_slots
+
+    def memory_bytes(
+        self,
+        model_config: Any,
+        dtype: Any = None,
+        batch_size: int = 1,
+        moved: bool = False,
+        compacting: bool = False,
+    ) -> int:
         """Bytes the cache of one model takes once every buffer exists, everything included.
 
         Args:
@@ -136,6 +167,8 @@ class Sizes:
             batch_size: rows.
             moved: past the model's trained length, where positions were moved: in half precision keys are from then on
                 also kept as they were, so that roundings do not add up. No more in float32 or with absolute positions.
+            compacting: in the middle of a compaction of all layers: until the pass it is due for has gone well both what
+                was held and what is to be are there, and what it works with, `compaction_bytes` or what one layer needs.
         """
         shape = ModelShape.of(model_config, dtype)
         batch_size = _positive("batch_size", batch_size, "whole number of rows")
@@ -149,13 +182,20 @@ class Sizes:
         modules += CONTROLLER_BYTES * self.enable_adaptive_controller + REPLAY_BYTES * bool(self.replay_budget)
         modules += VARIANCE_BYTES * self.use_adaptive_budget
         head = self.buffer_tokens * token + queries + self.original_slots * original + modules
+        state = head + 7 * self.archive_slots
         if self.enable_recall:
             head += self.archive_slots * self.archived_bytes(shape.head_dim, shape.itemsize)
             rank = self.code_rank(shape.head_dim)
             head += 4 * (shape.head_dim * (rank + 1) + rank)
         full = shape.full_layers * (shape.kv_heads * head + 8 * self.archive_slots)
         sliding = shape.sliding_tokens * shape.kv_heads * shape.head_dim * 2 * shape.itemsize
-        return batch_size * (full + sliding)
+        held = batch_size * (full + sliding)
+        if not (compacting and self.middle_allocation and shape.full_layers):
+            return held
+        rows = batch_size * shape.kv_heads
+        layer = rows * (self.compaction_workspace(shape.groups, shape.head_dim, shape.itemsize) + state)
+        most = max(layer, min(self.compaction_bytes, shape.full_layers * layer))
+        return held + rows * shape.full_layers * state + most
 
     @classmethod
     def from_memory(
@@ -164,9 +204,11 @@ class Sizes:
         bytes: int,
         dtype: Any = None,
         batch_size: int = 1,
+        compacting: bool = True,
         **settings: Unpack[Settings],
     ) -> Config:
-        """The largest cache of the given shape that fits into `bytes`, however long the stream (`memory_bytes(moved=True)`).
+        """The largest cache of the given shape that fits into `bytes`, however long the stream, also while it compacts:
+        `memory_bytes(moved=True, compacting=True)`; `compacting=False` counts what it holds alone.
 
         The tokens that fit are shared half and half between the recent window and `compressed_budget` (the best split
         measured), except for what `settings` fixes. Raises `ValueError` when not even the smallest cache fits.
@@ -191,14 +233,14 @@ class Sizes:
             config = sized(tokens)
             limit = config.position_limit(model_config)
             placed = limit is None or config.most_slots <= limit
-            return placed and config.memory_bytes(model_config, dtype, batch_size, moved=True) <= bytes
+            return placed and config.memory_bytes(model_config, dtype, batch_size, True, compacting) <= bytes
 
         if not fits(1):
             smallest = sized(1)
             limit = smallest.position_limit(model_config)
             if limit is not None and smallest.most_slots > limit:
                 raise smallest._does_not_fit(limit)
-            least = smallest.memory_bytes(model_config, dtype, batch_size, moved=True)
+            least = smallest.memory_bytes(model_config, dtype, batch_size, True, compacting)
             raise ValueError(f"bytes={bytes} is too little for this model and these settings: at least {least} are needed")
         if "recent_size" in settings and "compressed_budget" in settings:
             return sized(1)

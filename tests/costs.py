@@ -50,12 +50,18 @@ def python_calls(run: Callable[[], object]) -> int:
 
 
 class Temporaries(TorchDispatchMode):
-    """Follow the storages that operators make within: `now` bytes are alive, `peak` were at most."""
+    """Follow the storages that operators make within.
+
+    Attributes:
+        peak: bytes that were alive at once, at most, what is left behind included.
+    """
 
     def __init__(self):
         super().__init__()
         self.now = self.peak = 0
-        self._alive: dict[int, weakref.ref] = {}
+        self._alive: dict[int, tuple[weakref.ref, int]] = {}
+        # Number and bytes of what was made; less than 0 where it was given back.
+        self._events: list[tuple[int, int]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -66,21 +72,26 @@ class Temporaries(TorchDispatchMode):
         return result
 
     def _follow(self, storage: torch.UntypedStorage, given: set[int]) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key, size, number = storage._cdata, storage.nbytes(), len(self._events)
         if key in given or key in self._alive:
             return
 
         def gone(_):
             if self._alive.pop(key, None) is not None:
                 self.now -= size
+                self._events.append((number, -size))
 
-        self._alive[key] = weakref.ref(storage, gone)
+        self._alive[key] = weakref.ref(storage, gone), number
+        self._events.append((number, size))
         self.now += size
         self.peak = max(self.peak, self.now)
 
-
-def peak_temporaries(run: Callable[[], object]) -> int:
-    """Most bytes that `run()` had made and not yet given back at any time, what it leaves behind included."""
-    with Temporaries() as found:
-        run()
-    return found.peak
+    @property
+    def working(self) -> int:
+        """Bytes that were alive at once, at most, of what was given back by now."""
+        left = {number for _, number in self._alive.values()}
+        now = peak = 0
+        for number, size in self._events:
+            now += 0 if number in left else size
+            peak = max(peak, now)
+        return peak

@@ -48,6 +48,7 @@ OUT_OF_RANGE = [
     ("adaptive_budget_cap", 0.9), ("adaptive_variance_smoothing", 0.0), ("adaptive_variance_smoothing", 1.1),
     ("score_decay", -0.1), ("score_decay", 1.1),
     ("mass_decay", -0.1), ("mass_decay", 1.1), ("sketch_originals", -1), ("promotion_budget", -1), ("seed", -1),
+    ("compaction_bytes", 0),
 ]  # fmt: skip
 UNKNOWN_WORDS = {
     "compressor_type": "low_rank", "anchor_mode": "hybrid", "importance_metric": "value_norm",
@@ -281,23 +282,26 @@ def test_from_memory_fits_and_one_token_more_does_not(size, chosen):
     except ValueError as error:
         least = int(str(error).split("at least ")[1].split()[0])
         assert least > size
-        assert ADMSConfig.from_memory(model_config, least, **chosen).memory_bytes(model_config) <= least
+        assert (
+            ADMSConfig.from_memory(model_config, least, **chosen).memory_bytes(model_config, moved=True, compacting=True)
+            <= least
+        )
         return
-    assert config.memory_bytes(model_config) <= size
+    assert config.memory_bytes(model_config, moved=True, compacting=True) <= size
     assert all(getattr(config, name) == value for name, value in chosen.items())
     for name in ("recent_size", "compressed_budget"):
         if name not in chosen:
             larger = dataclasses.replace(config, **{name: getattr(config, name) + 1})
             # Half a token of each half may be left over, a whole token of both never.
             if "recent_size" in chosen or "compressed_budget" in chosen:
-                assert larger.memory_bytes(model_config) > size
+                assert larger.memory_bytes(model_config, moved=True, compacting=True) > size
     if not {"recent_size", "compressed_budget"} & set(chosen):
         least = config.compressed_budget == chosen.get("min_importance_tokens")
         assert least or abs(config.recent_size - config.compressed_budget) <= 1
         both = dataclasses.replace(
             config, recent_size=config.recent_size + 1, compressed_budget=config.compressed_budget + 1
         )
-        assert both.memory_bytes(model_config) > size
+        assert both.memory_bytes(model_config, moved=True, compacting=True) > size
 
 
 def test_from_memory_says_how_much_is_needed_at_least():
@@ -319,7 +323,7 @@ def test_from_memory_refuses_a_wrong_setting_by_name(name, value):
 
 def test_from_memory_gives_a_cache_that_really_takes_no_more():
     model = make_tiny_llama()
-    config = ADMSConfig.from_memory(model.config, 200_000, rank=8)
+    config = ADMSConfig.from_memory(model.config, 200_000, compacting=False, rank=8)
     cache = enable_adms_llm(model, config)
     stream(model, token_ids(3 * config.expected_max_tokens), cache, 32)
     assert cache.nbytes == config.memory_bytes(model.config)

@@ -178,7 +178,7 @@ def test_layers_put_together_share_one_storage_and_keep_what_they_had():
     apart = copy.deepcopy(cache)
     (whole,) = apart.stream.stacks
     singles = [whole.single(layer).to(whole.device) for layer in whole.layers]
-    stack = Stack.join(singles[1:3])
+    stack = Stack.join(singles[1:3], 2)
     assert stack.layers == (1, 2) and stack.rows == whole.rows
     states = {"tokens": stack.tokens, **stack.memory.states()}
     assert set(states) == {"tokens", "originals", "replay", "calibration", "controller"}

@@ -99,9 +99,9 @@ def merge_into(
     # |gone|^2 is the same for every candidate, so it takes no part in the choice.
     length = squared_norm(kept.keys) + squared_norm(kept.values) * scale[..., 0]
     distance = length.masked_fill(~accepts, torch.inf).flatten(0, 1)[:, None]
-    for gone, own in ((gone_keys, kept.keys), (gone_values * scale, kept.values)):
-        own = own.float().flatten(0, 1).transpose(-1, -2)
-        distance = torch.baddbmm(distance, gone.flatten(0, 1), own, alpha=-2)
+    own_keys, own_values = (states.float().flatten(0, 1).transpose(-1, -2) for states in (kept.keys, kept.values))
+    distance = torch.baddbmm(distance, gone_keys.flatten(0, 1), own_keys, alpha=-2)
+    distance.baddbmm_((gone_values * scale).flatten(0, 1), own_values, alpha=-2)
     nearest = distance.min(dim=-1).indices.unflatten(0, valid.shape[:2])
     places = torch.arange(index.shape[-1], device=index.device).expand_as(index)
     assigned = torch.zeros_like(valid, dtype=torch.int64).scatter_(2, index, places)

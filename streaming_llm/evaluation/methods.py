@@ -196,7 +196,7 @@ def plan_equal_bytes(names: Sequence[str], settings: Mapping[str, Any], model_co
             continue
         sized = {"recent_size"} if plan.method.name == "streaming" else {"recent_size", "compressed_budget"}
         given = {name: value for name, value in plan.config.to_dict().items() if name not in sized}
-        largest = ADMSConfig.from_memory(model_config, size, dtype, **given)
+        largest = ADMSConfig.from_memory(model_config, size, dtype, compacting=False, **given)
         settled = plan.settings | {name: getattr(largest, name) for name in sized}
         plans.append(dataclasses.replace(plan, settings=settled, total_tokens=_total_tokens(largest)))
     return plans

@@ -43,11 +43,17 @@ def attention_logits(queries: Queries, keys: torch.Tensor, beta: torch.Tensor) -
 
 
 @unrecorded()
-def attention_statistics(queries: Queries, keys: torch.Tensor, beta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def attention_statistics(
+    queries: Queries, keys: torch.Tensor, beta: torch.Tensor, most_bytes: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and mean square over the queries of each token's attention probability.
 
     The softmax runs over all tokens held. Computed in float32, in blocks of rows or queries, so that the probabilities of a
     long prefill never exist all at once.
+
+    Args:
+        queries, keys, beta: as for `attention_logits`.
+        most_bytes: what it may work with, beside one row; None for no limit. Results are equal to the bit, whatever it is.
 
     Returns:
         `(mass, square)`, each float32 `[batch, kv_heads, tokens]`.
@@ -60,6 +66,9 @@ def attention_statistics(queries: Queries, keys: torch.Tensor, beta: torch.Tenso
     per_query = max(1, heads * groups * tokens)
     rows = max(1, min(batch, most // (per_query * window)))
     block = max(1, min(window, most // (per_query * rows)))
+    if most_bytes is not None and rows > 1:
+        # float32 logits, and keys and values of a row of probabilities beside them.
+        rows = max(1, min(rows, most_bytes // (8 * (per_query * window + heads * tokens * keys.shape[3]))))
     for row in range(0, batch, rows):
         at = slice(row, row + rows)
         for start in range(0, window, block):

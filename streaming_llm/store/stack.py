@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -275,9 +275,18 @@ class Stack:
 
     def single(self, layer: int) -> Stack:
         """One of the layers as a stack of its own, of views. The counts stay with the first."""
-        counts = self.counts if layer == self.layers[0] else Counts()
-        own = self._map(lambda tensor: self.of_layer(layer, tensor))
-        return dataclasses.replace(own, layers=(layer,), counts=counts, archive=self.archive_of(layer))
+        at = self.layers.index(layer)
+        return self.of_layers(at, at + 1)
+
+    def of_layers(self, start: int, stop: int) -> Stack:
+        """The layers from the `start`-th to the `stop`-th as a stack of their own, as `single`."""
+        rows = slice(start * self.batch, stop * self.batch)
+        return dataclasses.replace(
+            self._map(lambda tensor: tensor[rows]),
+            layers=self.layers[start:stop],
+            counts=Counts() if start else self.counts,
+            archive=None if self.archive is None else self.archive.part(rows.start, rows.stop),
+        )
 
     def archive_of(self, layer: int) -> Archive | None:
         """The archive of one of the layers, of views."""
@@ -307,32 +316,26 @@ class Stack:
         return dataclasses.replace(self, archive=self.archive.with_room([row.archived for row in self.rows], new))
 
     @classmethod
-    def join(cls, stacks: Sequence[Stack]) -> Stack:
-        """Stacks of equal rows and shapes as one."""
-        first = stacks[0]
-        if len(stacks) == 1:
-            return first
-
-        def joined(parts: list) -> object:
-            if parts[0] is None:
-                return None
-            if isinstance(parts[0], torch.Tensor):
-                return torch.cat(parts)
-            tensors = [part.tensors() for part in parts]
-            return type(parts[0])(**{name: torch.cat([own[name] for own in tensors]) for name in tensors[0]})
-
-        memory = Memory(
-            **{name: joined([getattr(stack.memory, name) for stack in stacks]) for name in first.memory.states()}
-        )
-        return dataclasses.replace(
-            first,
-            layers=tuple(layer for stack in stacks for layer in stack.layers),
-            tokens=joined([stack.tokens for stack in stacks]),
-            queries=joined([stack.queries for stack in stacks]),
-            memory=memory,
-            counts=sum((stack.counts for stack in stacks), Counts()),
-            archive=None if first.archive is None else Archive.join([stack.archive for stack in stacks]),
-        )
+    def join(cls, stacks: Iterable[Stack], count: int) -> Stack:
+        """Stacks of equal rows and shapes, of `count` layers in all, as one; none is needed once the next is asked for."""
+        rest = iter(stacks)
+        stack = next(rest)
+        if len(stack.layers) == count:
+            return stack
+        rows = count * stack.batch
+        whole = stack._map(lambda tensor: tensor.new_empty(rows, *tensor.shape[1:]))
+        whole.layers, whole.counts, archives, start = (), Counts(), [], 0
+        while stack is not None:
+            stop = start + len(stack.layers) * stack.batch
+            for own, part in zip(whole._tensors(), stack._tensors(), strict=True):
+                own[start:stop] = part
+            whole.layers, whole.counts, start = whole.layers + stack.layers, whole.counts + stack.counts, stop
+            archives.append(stack.archive)
+            # Not while the next is made.
+            del stack
+            stack = next(rest, None)
+        whole.archive = None if archives[0] is None else Archive.join(archives)
+        return whole
 
     def to(self, device: torch.device) -> Stack:
         """A copy on a device."""
@@ -348,6 +351,12 @@ class Stack:
             memory=self.memory.map(function),
             queries=None if self.queries is None else function(self.queries),
         )
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """The tensors `[layers * batch, ...]`, but for the archive's."""
+        states = [self.tokens, *self.memory.states().values()]
+        tensors = [tensor for state in states for tensor in state.tensors().values()]
+        return tensors if self.queries is None else [*tensors, self.queries]
 
     def masked(self, change: MaskChange) -> Stack:
         """The stack without the tokens that a later mask hides; padding that still has its slots is tokens where it is

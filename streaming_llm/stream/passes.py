@@ -326,7 +326,7 @@ class StackPass:
         stack, arrival = self.stack, self.arrival
         tail = stack.tail + arrival.new if arrival.real is None else arrival.tail
         if self.singles:
-            joined = Stack.join([self.singles[layer] for layer in stack.layers])
+            joined = Stack.join((self.singles.pop(layer) for layer in stack.layers), len(stack.layers))
             counts = joined.counts + self.recalling.counts if self.recalls else joined.counts
             return dataclasses.replace(joined, tail=tail, counts=counts)
         rows = tuple(self._row(row, count) for row, count in zip(stack.rows, arrival.counts, strict=True))
@@ -362,8 +362,7 @@ class StackPass:
 
     def narrow(self, layers: tuple[int, ...]) -> None:
         """Keep only these first layers: the others' shapes turned out to differ. Nothing was stored before."""
-        singles = [self.stack.single(layer) for layer in layers]
-        self.stack = Stack.join(singles)
+        self.stack = self.stack.of_layers(0, len(layers))
         self._biases = {}
         if self.queries is not None:
             self.queries = self.queries[: len(layers) * self.stack.batch]

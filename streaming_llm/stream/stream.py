@@ -50,7 +50,7 @@ class Stream:
         self.layers_at_once = layers_at_once if wired else 1
         self.window = PositionWindow() if window is None else window
         self.compressor = get_compressor(config.compressor_type)(config)
-        self.upkeep = Upkeep(self.compressor, wired, self.window.limit)
+        self.upkeep = Upkeep(config, self.compressor, wired, self.window.limit)
         self.clock = self.upkeep.clock
         self.ropes: dict[int, Rope | None] = {}
         # Called with each pass that is about to be committed; where it fails nothing may have changed.

@@ -22,6 +22,11 @@ def next_trade(compactions: int) -> int:
     return min(2 * compactions, compactions + _EVERY)
 
 
+def asked(lost: torch.Tensor) -> torch.Tensor:
+    """What each layer lost, on the host: all that a device is ever asked between two passes, since budgets are shapes."""
+    return lost.cpu()
+
+
 def traded(
     stacks: Sequence[Stack], which: list[int], upkeep: Upkeep, layers_at_once: int, ranks: Ranks | None
 ) -> list[Stack]:
@@ -38,7 +43,7 @@ def traded(
     first = singles[0]
     losses = [1.0 - single.remembered(which).controller.energy.to(first.device).double().mean(-1) for single in singles]
     lost = torch.stack(losses, dim=-1)
-    budgets = layer_budgets((lost if ranks is None else ranks.mean(lost)).cpu(), first.config.compressed_budget)
+    budgets = layer_budgets(asked(lost if ranks is None else ranks.mean(lost)), first.config.compressed_budget)
     # Rows of a batch that are all at one point keep one width; others are each as they would be alone.
     together = [which]
     if len(which) < first.batch:
@@ -74,7 +79,8 @@ def joined(singles: Sequence[Stack], layers_at_once: int) -> list[Stack]:
     stacks = []
     for members in alike.values():
         for start in range(0, len(members), max(1, layers_at_once)):
-            stacks.append(Stack.join(members[start : start + max(1, layers_at_once)]))
+            some = members[start : start + max(1, layers_at_once)]
+            stacks.append(Stack.join(some, len(some)))
     return stacks
 
 

@@ -61,13 +61,14 @@ class Upkeep:
     """The work on stacks, with what it needs to know of the cache.
 
     Args:
+        config: the settings.
         compressor: what makes the precision tier.
         wired: whether attention shows its queries and sees log-mass.
         limit: positions the model was made for; None for no limit.
     """
 
-    def __init__(self, compressor: Compressor, wired: bool, limit: int | None):
-        self.compressor, self.wired, self.limit = compressor, wired, limit
+    def __init__(self, config: ADMSConfig, compressor: Compressor, wired: bool, limit: int | None):
+        self.config, self.compressor, self.wired, self.limit = config, compressor, wired, limit
         self.clock = Clock()
 
     # -- scores ----------------------------------------------------------------------------------------------------------
@@ -88,7 +89,7 @@ class Upkeep:
 
     def _remember(self, held: WeightedTokens, queries: Queries, step: int = 1) -> None:
         # Of the queries since the last compaction all are scored: every second was measured to be worse.
-        mass, square = attention_statistics(queries.every(step), held.keys, held.beta)
+        mass, square = attention_statistics(queries.every(step), held.keys, held.beta, self.config.compaction_bytes)
         self.compressor.remember(held, mass, square, queries.window)
 
     def scored_by(self, stack: Stack, which: Sequence[int], queries: Queries) -> Stack:
@@ -153,11 +154,38 @@ class Upkeep:
             budgets: tokens their layers agreed on, int64 `[layers * batch]`, and the least of them; None for no change.
         """
         due = [alike for which in due for alike in self._of_one_share(stack, which)]
-        for which in due:
-            stack = self.scored(stack, which)
         if due:
             # Before what each row archives is written: all of them see the same shelves.
             stack = stack.with_archive_room(max(stack.leaving(0, stack.rows[which[0]]) for which in due))
+        layers, size = len(stack.layers), self._layers_at_once(stack, width) if due else len(stack.layers)
+
+        def done(start: int) -> Stack:
+            own = stack if size >= layers else stack.of_layers(start, start + size)
+            at = slice(start * stack.batch, (start + size) * stack.batch)
+            return self._compacted_layers(own, due, width, None if budgets is None else budgets[at], least)
+
+        return Stack.join(map(done, range(0, layers, size)), layers)
+
+    def _layers_at_once(self, stack: Stack, width: int | None) -> int:
+        """How many of the layers are compacted in one call, within `compaction_bytes`."""
+        config, tokens, layers = stack.config, stack.tokens, len(stack.layers)
+        groups = 1 if stack.queries is None else stack.queries.shape[2]
+        dim, itemsize = max(tokens.keys.shape[3], tokens.values.shape[3]), tokens.keys.dtype.itemsize
+        middle = max(row.width for row in stack.rows) if width is None else width
+        heads = stack.batch * tokens.keys.shape[1]
+        work = heads * config.compaction_workspace(groups, dim, itemsize, middle)
+        if layers * work <= config.compaction_bytes:
+            return layers
+        # What a part gives is there twice while it is put to the others.
+        given = sum(stack.nbytes[use] for use in ("attended", "query_window", "originals", "modules")) // layers
+        given += 0 if stack.archive is None else stack.archive.links.nbytes // layers
+        return max(1, config.compaction_bytes // (work + given))
+
+    def _compacted_layers(
+        self, stack: Stack, due: Sequence[Sequence[int]], width: int | None, budgets: torch.Tensor | None, least: int
+    ) -> Stack:
+        for which in due:
+            stack = self.scored(stack, which)
         done = [self._compacted_rows(stack, which, width, budgets, least) for which in due]
         parts = [part for part, _ in done]
         if stack.real is not None or not due:
