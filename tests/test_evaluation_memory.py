@@ -10,7 +10,8 @@ from conftest import make_tiny_llama
 from transformers import AutoTokenizer, DynamicCache
 
 from streaming_llm import enable_adms_llm
-from streaming_llm.evaluation import memory_cases
+from streaming_llm.evaluation import cache_factory, load_text, memory_cases, plan_methods, resolve_settings
+from streaming_llm.evaluation.long_stream import own_positions
 from streaming_llm.evaluation.memory import Memory, lines, plot
 from streaming_llm.evaluation.memory_cases import DEPTHS, NOTHING, TASKS, Answer, Texts, ask, score
 
@@ -224,3 +225,40 @@ def test_a_table_has_a_line_for_each_task_length_and_method(tmp_path):
     assert [(line.method, line.score.relative) for line in lines(answers)] == [("full", 1), (NOTHING, 0), ("adms", 0.75)]
     plot(tmp_path / "drawn.png", answers, "a title")
     assert (tmp_path / "drawn.png").stat().st_size > 10_000
+
+
+# -- real weights ------------------------------------------------------------------------------------------------------
+
+# What each method was measured to give the right name of the first trial, in nats, and whether it said it: see
+# ADM_PLUS_PLUS_IMPLEMENTATION.md.
+NAMED = {"adms_recall": (-10.19, False)}
+
+
+def asked(smol, task: str, length: int, methods: list[str]) -> list[Answer]:
+    model, tokenizer = smol
+    texts = Texts(tokenizer, load_text(tokenizer, num_eval_tokens=12000).streams[0])
+    makers = {NOTHING: lambda: DynamicCache(config=model.config)}
+    plans = own_positions(plan_methods(methods, resolve_settings({})), {})
+    makers |= {plan.method.name: cache_factory(model, plan) for plan in plans}
+    case = texts.case(task, length, 0)
+    assert case.text.numel() >= length
+    return [found for name, make in makers.items() for found in ask(model, texts, case, make(), name, "chunked", 256)]
+
+
+@pytest.mark.slow
+def test_facts_of_a_book_are_worth_to_recall_what_they_are_to_the_full_cache_and_to_streaming_much_less(smol):
+    answers = asked(smol, "facts", 2048, ["full", "streaming", "adms_recall"])
+    found = {line.method: line.score for line in lines(answers)}
+    assert found["full"].exact >= 0.6
+    assert found["adms_recall"].relative >= 0.95
+    assert found["adms_recall"].exact >= 0.6
+    assert found["streaming"].relative <= 0.4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", NAMED)
+def test_the_name_told_in_the_first_of_forty_turns_is_no_less_likely_in_the_last_than_it_was_measured_to_be(smol, method):
+    floor, said = NAMED[method]
+    (found,) = (answer for answer in asked(smol, "name", memory_cases.CONVERSATION, [method]) if answer.method == method)
+    assert found.log_likelihood >= floor - 0.5
+    assert found.exact >= said

@@ -194,7 +194,7 @@ def plot(path: Path, answers: Sequence[Answer], title: str) -> None:
             for x, found in enumerate(row):
                 if found is None:
                     continue
-                told = report.cell(found.relative, "{:.2f}") + f"\n{found.exact:.0%}"
+                told = report.cell(found.relative, lambda share: f"{round(share, 2) + 0.0:.2f}") + f"\n{found.exact:.0%}"
                 dark = found.relative is not None and found.relative < 0.5
                 axes.text(x, y, told, ha="center", va="center", fontsize=8, color="white" if dark else "black")
         axes.set_title(method, fontsize=9)
