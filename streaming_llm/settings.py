@@ -134,6 +134,8 @@ class OtherSettings(TypedDict, total=False):
     """bits a channel of archived keys and values: 16 for as they are, 8 or 4 (16)"""
     recall_store: Literal["device", "host", "disk"]
     """where archived tokens are: on the model's device, in the host's memory, or in a file (device)"""
+    compaction_bytes: int
+    """bytes a compaction works with, beside what it gives: layers are compacted in parts that fit (268435456)"""
     seed: int
     """seed of whatever is drawn at random (vq's first centres, hybrid anchors) (0)"""
 
