@@ -7,8 +7,10 @@ token the layers have seen, padding included; a pass counts once it went well.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -20,16 +22,16 @@ logger = logging.getLogger("streaming_llm")
 
 # In place of an id: padding (as `data/padding.py` records it), and tokens that came as embeddings (equal to any).
 NO_TOKEN, UNKNOWN = -1, -2
-# Passes whose ids may wait on the device; one that has as many tokens does not wait.
+# Passes whose ids may wait one by one; one that has as many tokens does not wait.
 WAITING = 64
 
 
 @dataclass
 class SeenTokens:
-    """Ids by row: on the host, and those of the newest passes on their device, so that decoding waits for nothing.
+    """Ids by row: on the device they came on until somebody asks for them, so that decoding waits for nothing.
 
     Attributes:
-        chunks: int32 `[rows, columns]` on the host, one behind the other; never written to.
+        chunks: int32 `[rows, columns]`, one behind the other, those that were asked for on the host; never written to.
         waiting: what came since: ids likewise, or rows `[rows]`, where row `i` became what row `rows[i]` was.
         rows, length: rows and columns of all together.
     """
@@ -101,28 +103,32 @@ class SeenTokens:
         self._settle()
         if not self.chunks:
             return torch.zeros(self.rows, 0, dtype=torch.int32)
-        if len(self.chunks) > 1:
-            self.chunks = [torch.cat(self.chunks, dim=1)]
+        self.chunks = [_joined(chunk.cpu() for chunk in self.chunks)]
         return self.chunks[0]
 
     def _settle(self) -> None:
-        """Bring to the host what waits."""
-        order, newest = None, []
+        """Put what waits to the chunks."""
+        chunks, kept = [*self.chunks], len(self.chunks)
         for entry in self.waiting:
             if entry.dim() == 2:
-                newest.append(entry)
-                continue
-            order = entry if order is None else order[entry]
-            newest = [torch.cat(newest, dim=1)[entry.to(newest[0].device)]] if newest else []
-        if order is not None and self.chunks:
-            self.chunks = [torch.cat(self.chunks, dim=1)[order.cpu()]]
-        if newest:
-            self.chunks.append(torch.cat(newest, dim=1).cpu())
+                chunks.append(entry)
+            else:
+                chunks, kept = [own.index_select(0, entry.to(own.device)) for own in _by_device(chunks)], 0
+        chunks = [*chunks[:kept], *_by_device(chunks[kept:])]
         # Each chunk stays longer than the next: of n columns there are log(n), and each id is copied as often.
-        while len(self.chunks) > 1 and self.chunks[-1].shape[1] >= self.chunks[-2].shape[1]:
-            newest = self.chunks.pop()
-            self.chunks[-1] = torch.cat([self.chunks[-1], newest], dim=1)
-        self.waiting = []
+        while len(chunks) > 1 and chunks[-1].shape[1] >= chunks[-2].shape[1] and chunks[-1].device == chunks[-2].device:
+            chunks[-2:] = [torch.cat(chunks[-2:], dim=1)]
+        self.chunks, self.waiting = chunks, []
+
+
+def _by_device(chunks: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The chunks, neighbours of one device joined."""
+    return [_joined(own) for _, own in itertools.groupby(chunks, key=lambda chunk: chunk.device)]
+
+
+def _joined(chunks: Iterable[torch.Tensor]) -> torch.Tensor:
+    chunks = list(chunks)
+    return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=1)
 
 
 def ids_of(tokens: torch.Tensor) -> torch.Tensor:
