@@ -231,7 +231,7 @@ def test_a_table_has_a_line_for_each_task_length_and_method(tmp_path):
 
 # What each method was measured to give the right name of the first trial, in nats, and whether it said it: see
 # ADM_PLUS_PLUS_IMPLEMENTATION.md.
-NAMED = {"adms_recall": (-10.19, False)}
+NAMED = {"streaming": (-9.93, False), "adms_recall": (-10.19, False)}
 
 
 def asked(smol, task: str, length: int, methods: list[str]) -> list[Answer]:
