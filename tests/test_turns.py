@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import padded_passes, stream, token_ids
 
-from streaming_llm import enable_adms_llm
+from streaming_llm import ADMSConfig, ADMSKVCache, enable_adms_llm
 from streaming_llm.evaluation.soak import tiny_model
 from streaming_llm.stream.turns import rows_due
 
@@ -136,3 +136,12 @@ def test_the_length_told_before_a_pass_is_that_of_its_turn():
     lengths = [layer.get_mask_sizes(1)[0] for layer in cache.layers]
     assert lengths[0] == lengths[1] == cache.config.expected_max_tokens - SIZES["compression_interval"] + 1
     assert min(lengths[2:]) > lengths[0]
+
+
+@torch.no_grad()
+def test_layers_of_a_model_that_is_not_enabled_are_compacted_by_themselves():
+    model = tiny_model(4096, num_hidden_layers=LAYERS)
+    cache = ADMSKVCache(ADMSConfig(**SIZES), model_config=model.config)
+    for size in (45, 1, 7, 1, 1, 1, 20, 1, 1, *[1] * 40):
+        assert model(input_ids=token_ids(size), past_key_values=cache).logits.isfinite().all()
+    assert len({stack.rows[0].length for stack in cache.stream.stacks}) == 1

@@ -135,8 +135,8 @@ class Stream:
         stack = with_layer(stacks, layer)
         if stack is None:
             return 0, 0
-        due = rows_due(stacks, (new,) * stack.batch, self.config) if self.open is None else [()] * len(stacks)
-        now = next(own for own, other in zip(due, stacks, strict=True) if other is stack)
+        due = rows_due(stacks if self.wired else [stack], (new,) * stack.batch, self.config)
+        now = due[[id(own) for own in stacks].index(id(stack)) if self.wired else 0] if self.open is None else ()
         return min(stack.rows[0].resting(self.config) if 0 in now else stack.columns, stack.seen), stack.seen
 
     # -- a pass ----------------------------------------------------------------------------------------------------------
