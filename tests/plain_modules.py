@@ -673,37 +673,13 @@ class ModuleCache(PlainCache):
             head.limit = self.limit
         if self.config.enable_adaptive_controller and self.config.controller_scope == "model" and self.heads:
             self.plan(len(positions))
-        for layer in self.turns(len(positions)):
-            for head in layer.heads:
-                head.fold_waiting(len(head.tokens))
-            layer.compact()
         return super().begin(positions)
-
-    def turns(self, new: int) -> list[ModuleLayer]:
-        """Layers to be compacted before one token that would still fit: those of equal budget go together, and of those
-        that would be due at one step each a step before the next."""
-        groups: dict[int | None, list[ModuleLayer]] = {}
-        for layer in (layer for layer in self.layers if isinstance(layer, ModuleLayer) and layer.heads):
-            groups.setdefault(layer.planned, []).append(layer)
-        heads = [group[0].heads[0] for group in groups.values()]
-        resting = self.config.compression_interval
-        fit = all(head.compactions and head.length > head.capacity - resting for head in heads)
-        if new > 1 or len(groups) < 2 or not fit:
-            return []
-        now, step = [], resting
-        # The one with most room takes its last step, the one before it an earlier one.
-        for group in reversed(sorted(groups.values(), key=lambda own: own[0].heads[0].capacity - own[0].heads[0].length)):
-            head = group[0].heads[0]
-            step = min(head.capacity - head.length, step - 1)
-            now += group if step <= 0 else []
-        return now
 
     def plan(self, new: int) -> None:
         """Layers trade budget where a compaction is due and enough was measured since the last time."""
         layers = [layer for layer in self.layers if isinstance(layer, ModuleLayer)]
         compactions = self.heads[0].compactions
-        due = self.turns(new) or any(head.is_due(new) for head in self.heads)
-        if not due or not compactions or compactions < self.next_plan or len({head.compactions for head in self.heads}) > 1:
+        if not compactions or compactions < self.next_plan or not self.heads[0].is_due(new):
             return
         for head in self.heads:
             head.fold_waiting(len(head.tokens))

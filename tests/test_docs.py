@@ -298,7 +298,7 @@ def test_a_family_with_the_row_that_the_readme_says_is_not_probed(monkeypatch, c
 
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(MyFamily(vocab_size=128, num_key_value_heads=2, max_position_embeddings=512, **sizes)).eval()
-    enable_adms_llm(model)
+    enable_adms_llm(model, rank=4)
     assert "probed" in caplog.text
     disable_adms_llm(model)
     caplog.clear()

@@ -18,6 +18,7 @@ from ..stats import format_bytes
 from . import flags, models, pace, report, streaming
 from .methods import Method, Plan, cache_factory, check_plans
 from .pace import Lane, Pace
+from .plots import line_looks
 from .run import ModelRun
 
 # Beside methods of the comparison, at equal tokens a head: transformers' cache of one size, and the default settings.
@@ -140,9 +141,10 @@ def plot(path: Path, rows: Sequence[Measured], model: str, clock: str) -> None:
     methods = [name for name in METHODS if any(row.case.method == name for row in rows)]
     figure = report.new_figure(13, 1.2 + 3.6 * len(figures))
     panels = figure.subplots(len(figures), 3, squeeze=False)
+    looks = line_looks(methods)
     for name, axes in zip(figures, panels, strict=True):
         for method in methods:
-            look = report.line_look(METHODS.index(method), 1.6) | {"label": method, "marker": ".", "markersize": 5}
+            look = looks[method] | {"label": method, "marker": ".", "markersize": 5}
             own = [row for row in rows if row.figure == name and row.case.method == method]
             decoded = [row for row in own if row.case.chunk_size == 1]
             histories = [row.case.tokens for row in decoded]

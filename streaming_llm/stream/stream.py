@@ -24,7 +24,6 @@ from .positions import PositionWindow
 from .ranks import Ranks
 from .rewind import rewound
 from .trading import FIRST_TRADE, next_trade, runs, traded
-from .turns import rows_due
 from .upkeep import Upkeep
 
 
@@ -135,9 +134,10 @@ class Stream:
         stack = with_layer(stacks, layer)
         if stack is None:
             return 0, 0
-        due = rows_due(stacks if self.wired else [stack], (new,) * stack.batch, self.config)
-        now = due[[id(own) for own in stacks].index(id(stack)) if self.wired else 0] if self.open is None else ()
-        return min(stack.rows[0].resting(self.config) if 0 in now else stack.columns, stack.seen), stack.seen
+        row = stack.rows[0]
+        due = self.open is None and row.overfull(self.config, new)
+        before = row.resting(self.config) if due else stack.columns
+        return min(before, stack.seen), stack.seen
 
     # -- a pass ----------------------------------------------------------------------------------------------------------
 
@@ -163,8 +163,7 @@ class Stream:
             )
         stacks = self.stacks if change is None else [stack.masked(change) for stack in self.stacks]
         stacks, trades = self._with_trades(list(stacks), arrival)
-        due = rows_due(stacks, arrival.counts, self.config)
-        stacks = [self._with_room(stack, arrival, own) for stack, own in zip(stacks, due, strict=True)]
+        stacks = [self._with_room(stack, arrival) for stack in stacks]
         held = [max(row.length for row in own) for own in zip(*(stack.rows for stack in stacks), strict=True)] or [self.seen]
         window = self.window.copy()
         shifts = window.plan(first, last, held)
@@ -178,20 +177,22 @@ class Stream:
         window.follow(last)
         return Pass(arrival, stacks, window, trades)
 
-    def _with_room(self, stack: Stack, arrival: Arrival, due: set[int]) -> Stack:
-        """The stack with the rows `due` compacted, those at one point together."""
-        classes = stack.classes(lambda number: (arrival.counts[number], number in due))
-        return self.upkeep.compacted(stack, [which for which in classes if which[0] in due]) if due else stack
+    def _with_room(self, stack: Stack, arrival: Arrival) -> Stack:
+        """The stack with the rows compacted that the new tokens would not fit into."""
+        classes = stack.classes(lambda number: arrival.counts[number])
+        due = [which for which in classes if stack.rows[which[0]].overfull(self.config, arrival.counts[which[0]])]
+        return self.upkeep.compacted(stack, due) if due else stack
 
     def _with_trades(self, stacks: list[Stack], arrival: Arrival) -> tuple[list[Stack], tuple[int, ...]]:
         """Let layers trade budget for the rows that are due, where enough was measured since the last time."""
         config, trades = self.config, self.next_trades or (FIRST_TRADE,) * len(arrival.counts)
         if not (stacks and config.enable_adaptive_controller and config.controller_scope == "model"):
             return stacks, trades
-        due = set.union(*rows_due(stacks, arrival.counts, config))
-        # All layers are compacted then: each is to have been as often before.
-        done = [{stack.rows[number].compactions for stack in stacks} for number in range(len(trades))]
-        trading = [number for number in sorted(due) if len(done[number]) == 1 and min(done[number]) >= trades[number]]
+        trading = [
+            number
+            for number, row in enumerate(stacks[0].rows)
+            if row.overfull(config, arrival.counts[number]) and row.compactions >= trades[number]
+        ]
         classes: dict[tuple[Row, ...], list[int]] = {}
         for row in trading:
             classes.setdefault(tuple(stack.rows[row] for stack in stacks), []).append(row)
@@ -223,8 +224,7 @@ class Stream:
         if stack is None:
             stack = Stack.empty((layer,), self.config, self.ropes.get(layer), keys, values)
         self._check_shape(stack, keys, values)
-        [due] = rows_due([stack], arrival.counts, self.config)
-        part = StackPass(self._with_room(stack, arrival, due), arrival, self.upkeep)
+        part = StackPass(self._with_room(stack, arrival), arrival, self.upkeep)
         keys, values = part.write(layer, keys, values)
         if part.overflows:
             part.waiting[layer] = (part.singles[layer], None)
