@@ -123,7 +123,8 @@ class SeenTokens:
 
 def _by_device(chunks: list[torch.Tensor]) -> list[torch.Tensor]:
     """The chunks, neighbours of one device joined."""
-    return [_joined(own) for _, own in itertools.groupby(chunks, key=lambda chunk: chunk.device)]
+    # Copies even of one: what came is part of the caller's tensor.
+    return [torch.cat(list(own), dim=1) for _, own in itertools.groupby(chunks, key=lambda chunk: chunk.device)]
 
 
 def _joined(chunks: Iterable[torch.Tensor]) -> torch.Tensor:
