@@ -140,10 +140,12 @@ def _caption(plans: Sequence[Plan], given: ComparisonArguments) -> str:
     else:
         equal = "Equal tokens: tokens a head: " + ", ".join(f"{plan.method.name} {plan.total_tokens:,}" for plan in bounded)
         equal += f", {every}."
-    text = f"{equal} KL in nats a token. 'cache' is the most bytes held, all state included"
     modules = [feature.removeprefix("enable_") for feature in FEATURES if any(_on(plan, feature) for plan in bounded)]
     if modules:
-        text += f"; 'adms' is ADMS with {', '.join(modules)}" + (", which is ADM++" if len(modules) == len(FEATURES) else "")
+        equal += f" 'adms' is ADMS with {', '.join(modules)}" + (
+            ", which is ADM++." if len(modules) == len(FEATURES) else "."
+        )
+    text = f"{equal} KL in nats a token. 'cache' is the most bytes held, all state included"
     recalling = [plan.config for plan in bounded if plan.config.enable_recall]
     if not recalling:
         return f"{text}."
