@@ -99,8 +99,9 @@ def best_scores(
     kind = codes.dtype if codes.dtype.is_floating_point else torch.bfloat16
     asked, tokens = asked.to(kind), codes.shape[2]
     block = max(256, _BLOCK_ELEMENTS // (asked.shape[2] * asked.shape[1])) if codes.device.type == "cpu" else tokens
-    # Tokens along the last axis: the maximum over queries is then one over whole rows.
-    whole = asked @ codes.to(kind).transpose(-1, -2) if block >= tokens else None
+    # Tokens along the last axis: the maximum over queries is then one over whole rows. The product is taken the other way
+    # round: of codes that are part of a longer buffer a kernel makes a copy where they are to be transposed.
+    whole = (codes.to(kind) @ asked.transpose(-1, -2)).transpose(-1, -2).contiguous() if block >= tokens else None
     step = max(1, -(-live[0] // _SAMPLED))
     if any(own != live[0] for own in live):
         some, may = _sample(codes, shut, live)
