@@ -347,6 +347,12 @@ def _refuse_assignment(config: ADMSConfig, name: str, *value: Any) -> None:
 ADMSConfig.__setattr__ = ADMSConfig.__delattr__ = _refuse_assignment
 
 
+@functools.cache
+def _kinds() -> dict[str, Any]:
+    """The type of each setting."""
+    return typing.get_type_hints(ADMSConfig)
+
+
 def tell_settings(
     without: Sequence[str] = (),
     defaults: Mapping[str, Any] = {},  # noqa: B006  only read
@@ -358,7 +364,7 @@ def tell_settings(
     """
 
     def tell(function: Function) -> Function:
-        kinds, own = typing.get_type_hints(ADMSConfig), inspect.signature(function)
+        kinds, own = _kinds(), inspect.signature(function)
         lines, parameters = [], [one for one in own.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
         for item in dataclasses.fields(ADMSConfig):
             if item.name in without or item.name in own.parameters:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import logging
 import weakref
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -103,7 +102,8 @@ class SeenTokens:
         self._settle()
         if not self.chunks:
             return torch.zeros(self.rows, 0, dtype=torch.int32)
-        self.chunks = [_joined(chunk.cpu() for chunk in self.chunks)]
+        chunks = [chunk.cpu() for chunk in self.chunks]
+        self.chunks = chunks if len(chunks) == 1 else [torch.cat(chunks, dim=1)]
         return self.chunks[0]
 
     def _settle(self) -> None:
@@ -125,11 +125,6 @@ def _by_device(chunks: list[torch.Tensor]) -> list[torch.Tensor]:
     """The chunks, neighbours of one device joined."""
     # Copies even of one: what came is part of the caller's tensor.
     return [torch.cat(list(own), dim=1) for _, own in itertools.groupby(chunks, key=lambda chunk: chunk.device)]
-
-
-def _joined(chunks: Iterable[torch.Tensor]) -> torch.Tensor:
-    chunks = list(chunks)
-    return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=1)
 
 
 def ids_of(tokens: torch.Tensor) -> torch.Tensor:

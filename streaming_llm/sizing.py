@@ -87,9 +87,8 @@ class Sizes:
     def archived_bytes(self, head_dim: int, itemsize: int) -> int:
         """Bytes of a token in the archive of one head, index included; its positions are one pair for a whole layer."""
         stored = head_dim * itemsize if self.recall_bits == 16 else head_dim * self.recall_bits // 8 + 2
-        return (
-            2 * stored + self.code_rank(head_dim) * (1 if self.recall_bits == 4 else 2) + (7 if self.recall_bits == 4 else 9)
-        )
+        rank = self.code_rank(head_dim)
+        return 2 * stored + (rank + 7 if self.recall_bits == 4 else 2 * rank + 9)
 
     @property
     def middle_allocation(self) -> int:

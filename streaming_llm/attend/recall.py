@@ -102,11 +102,11 @@ def best_scores(
     # Tokens along the last axis: the maximum over queries is then one over whole rows. The product is taken the other way
     # round: of codes that are part of a longer buffer a kernel makes a copy where they are to be transposed.
     whole = (codes.to(kind) @ asked.transpose(-1, -2)).transpose(-1, -2).contiguous() if block >= tokens else None
-    step = max(1, -(-live[0] // _SAMPLED))
     if any(own != live[0] for own in live):
         some, may = _sample(codes, shut, live)
         sample = asked @ some.to(kind).transpose(-1, -2)
     else:
+        step = max(1, -(-live[0] // _SAMPLED))
         sample = asked @ codes[:, :, ::step].to(kind).transpose(-1, -2) if whole is None else whole[..., ::step]
         may = shut[:, :, ::step]
     # Where none of the sample may be recalled the query counts with what it gives.

@@ -11,14 +11,14 @@ from transformers import DynamicCache
 
 from . import flags, report
 from .long_stream import own_positions
-from .memory_cases import CONVERSATION, DEPTHS, MODES, NOTHING, SHIFT, TASKS, Answer, Score, Texts, ask, score
+from .memory_cases import CONVERSATION, DEPTHS, MODES, NOTHING, TASKS, Answer, Score, Texts, ask, score
 from .methods import cache_factory
+from .passkey import CHUNK, SHIFT
 from .run import ModelRun
 from .streaming import REFERENCE
 from .texts import load_text
 
 DEFAULT_METHODS = ("full", "streaming", "adms_low_rank", "adms", "adms_recall")
-CHUNK = 256
 # The task whose answers lie at known depths: the picture's.
 DRAWN = "facts"
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .passkey import SHIFT
 from .streaming import REFERENCE, lockstep, predictions, scored_part
 
 # The method that every question is asked without its text.
@@ -26,8 +27,6 @@ TURNS = 40
 # A conversation of `TURNS` turns has at least as many tokens.
 CONVERSATION = 8192
 SAID_TOKENS = 24
-# Each trial's filler begins this many tokens further into the text.
-SHIFT = 1009
 
 FIRST = ("Ambrose", "Beatrix", "Clement", "Dorothea", "Edmund", "Flora", "Gilbert", "Hester", "Isidore", "Juliana")
 PLACES = ("Ashcombe", "Birkwood", "Coldwell", "Dunmere", "Elmstead", "Foxley", "Garsdale", "Holmbury", "Inglewick", "Kelby")

@@ -18,6 +18,7 @@ from typing import Any
 from . import flags, report
 from .errors import require
 from .lm_eval import EXTRA, tokenizer_on_demand
+from .passkey import CHUNK
 from .run import ModelRun
 from .streaming import REFERENCE
 
@@ -33,7 +34,6 @@ DOWNLOADS = (
     *("ruler_qa_squad", "ruler_qa_hotpot"),
 )
 DEFAULT_METHODS = ("full", "streaming", "h2o", "snapkv", "tova", "adms_low_rank", "adms", "adms_recall")
-CHUNK = 256
 
 
 @dataclass(frozen=True)
